@@ -1,0 +1,75 @@
+"""Registration with transformers' Auto classes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, LlavaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .modeling.configuration_sparse_llava import SparseCLIPVisionConfig, SparseLlavaConfig
+
+
+class _OnFirstUse:
+    """An entry for an Auto class's table that imports its class when it is first used."""
+
+    def __init__(self, module: str, name: str, config_class: type) -> None:
+        self.__name__ = name
+        self.config_class = config_class
+        self._module = module
+
+    def _load(self) -> Any:
+        return getattr(importlib.import_module(self._module, __package__), self.__name__)
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return getattr(self._load(), attribute)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._load()(*args, **kwargs)
+
+
+class LlavaConfigChoice(LlavaConfig):
+    """What `model_type: llava` stands for: `SparseLlavaConfig` where a `sparse_*` setting is given, else `LlavaConfig`.
+
+    Never instantiated: both ways of making one return an instance of the class that is meant.
+    """
+
+    def __new__(cls, **kwargs: Any) -> Any:
+        return _chosen(kwargs)(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return _chosen(config_dict, kwargs).from_dict(config_dict, **kwargs)
+
+
+def _chosen(*settings: dict[str, Any]) -> Any:
+    given = any(key.startswith("sparse_") and value is not None for s in settings for key, value in s.items())
+    if not given:
+        for s in settings:
+            for key in [key for key in s if key.startswith("sparse_")]:
+                del s[key]
+    return SparseLlavaConfig if given else LlavaConfig
+
+
+def register() -> None:
+    """Registers configurations, models and processor with the Auto classes; calling it again changes nothing."""
+    AutoConfig.register("sparse_llava", SparseLlavaConfig, exist_ok=True)
+    AutoConfig.register("sparse_clip_vision_model", SparseCLIPVisionConfig, exist_ok=True)
+    CONFIG_MAPPING.register("llava", LlavaConfigChoice, exist_ok=True)
+    # A plain LLaVA can be asked for its method too; a class attribute is no field and is never saved.
+    LlavaConfig.sparse_method = None
+
+    modeling = ".modeling.modeling_sparse_llava"
+    llava = _OnFirstUse(modeling, "SparseLlavaForConditionalGeneration", SparseLlavaConfig)
+    tower = _OnFirstUse(".modeling.modeling_sparse_clip", "SparseCLIPVisionModel", SparseCLIPVisionConfig)
+    processor = _OnFirstUse(".processing.processing_sparse_llava", "SparseLlavaProcessor", SparseLlavaConfig)
+    for name in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        auto = getattr(transformers, name, None)
+        if auto is not None:
+            auto.register(SparseLlavaConfig, llava, exist_ok=True)
+    transformers.AutoModel.register(SparseCLIPVisionConfig, tower, exist_ok=True)
+    transformers.AutoProcessor.register(SparseLlavaConfig, processor, exist_ok=True)

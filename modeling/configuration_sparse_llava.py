@@ -1,0 +1,131 @@
+"""Configurations with the five `sparse_*` fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CLIPVisionConfig, LlavaConfig
+
+from .methods import FIELDS, method_class, resolve_fields
+from .sparsifier import Geometry, Sparsifier, nearest
+
+DECODERS = ("llama", "mistral", "qwen2")
+ENCODERS = ("clip_vision_model", "sparse_clip_vision_model")
+
+
+def build_sparsifier(config: Any) -> Sparsifier | None:
+    """The method that a configuration's `sparse_*` fields describe, or None.
+
+    Works on any object that has the fields and the sizes, so that every copy of a configuration class will do.
+
+    Raises:
+        ValueError: for every invalid combination, naming the field, the value and what is allowed.
+    """
+    fields = {name: getattr(config, name, None) for name in FIELDS}
+    text = getattr(config, "text_config", None)
+    vision = getattr(config, "vision_config", config)
+    method = fields["sparse_method"]
+    if method is not None:
+        _check_parts(method_class(method), fields, vision, text)
+    feature_layer = getattr(config, "vision_feature_layer", -2)
+    if not isinstance(feature_layer, int):
+        feature_layer = -2
+    geometry = Geometry(
+        patches=(vision.image_size // vision.patch_size) ** 2,
+        encoder_layers=vision.num_hidden_layers,
+        decoder_layers=0 if text is None else text.num_hidden_layers,
+        # hidden_states[j] is the output of layer j - 1, and hidden_states[-j] that of layer -j.
+        feature_layer=feature_layer - 1 if feature_layer > 0 else feature_layer,
+    )
+    return resolve_fields(fields, geometry)
+
+
+def _check_parts(method: type[Sparsifier], fields: dict[str, Any], vision: Any, text: Any) -> None:
+    """Refuses a method whose kind of model part is missing or not supported."""
+    name = fields["sparse_method"]
+    if method.kind == "decoder":
+        if text is None:
+            raise ValueError(f"sparse_method={name!r} works in a decoder; a vision tower alone takes encoder methods.")
+        if text.model_type not in DECODERS:
+            raise ValueError(
+                f"sparse_method={name!r} does not support the text backbone {text.model_type!r}; supported: "
+                f"{', '.join(DECODERS)}. Encoder methods (visionzip) work with any."
+            )
+    elif vision.model_type not in ENCODERS:
+        raise ValueError(f"sparse_method={name!r} works in a CLIP vision tower, not in {vision.model_type!r}.")
+
+
+class SparseFieldsMixin:
+    """The five fields: checked, and expanded to layers and budgets, when a configuration is made.
+
+    Attributes:
+        sparse_method: a name of `list_methods()`, or None for the dense model.
+        sparse_budget: visual tokens retained per image, as the papers' tables count.
+        sparse_layers: the layers at which the method acts.
+        sparse_budgets: tokens per stage and image.
+        sparse_options: the method's own options.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in [name for name in kwargs if name.startswith("sparse_")]:
+            raise ValueError(f"{name} is no setting{nearest(name, FIELDS)}; there are: {', '.join(FIELDS)}.")
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.expand_sparsity()
+
+    def expand_sparsity(self) -> None:
+        """Checks the fields and writes the layers and budgets that they stand for."""
+        sparsifier = build_sparsifier(self)
+        if sparsifier is not None:
+            self.sparse_layers = list(sparsifier.layers)
+            self.sparse_budgets = list(sparsifier.budgets) or None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', with `sparse_*` keywords in place of what a checkpoint holds of the same method."""
+        config_dict = merge_sparse_fields(config_dict, kwargs)
+        # A stock checkpoint names the stock type, by which transformers would look up the names of the weights.
+        if config_dict.pop("model_type", cls.model_type) != cls.model_type:
+            config_dict.pop("architectures", None)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+
+def merge_sparse_fields(config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Moves `sparse_*` keywords from `kwargs` into a copy of `config_dict`.
+
+    A new method drops all settings of the old one; a new budget drops the budgets that the old one stood for.
+    """
+    given = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("sparse_")}
+    merged = dict(config_dict)
+    if "sparse_method" in given and given["sparse_method"] != merged.get("sparse_method"):
+        merged.update(dict.fromkeys(FIELDS))
+    if {"sparse_budget", "sparse_layers", "sparse_options"} & given.keys():
+        merged.pop("sparse_budgets", None)
+    if "sparse_options" in given:
+        merged.pop("sparse_layers", None)
+    if "sparse_budgets" in given and "sparse_budget" not in given:
+        merged.pop("sparse_budget", None)
+    return {**merged, **given}
+
+
+class SparseCLIPVisionConfig(SparseFieldsMixin, CLIPVisionConfig):
+    """`CLIPVisionConfig` with the `sparse_*` fields, for encoder methods."""
+
+    model_type = "sparse_clip_vision_model"
+
+    sparse_method: str | None = None
+    sparse_budget: int | None = None
+    sparse_layers: list[int] | None = None
+    sparse_budgets: list[int] | None = None
+    sparse_options: dict[str, Any] | None = None
+
+
+class SparseLlavaConfig(SparseFieldsMixin, LlavaConfig):
+    """`LlavaConfig` with the `sparse_*` fields."""
+
+    model_type = "sparse_llava"
+
+    sparse_method: str | None = None
+    sparse_budget: int | None = None
+    sparse_layers: list[int] | None = None
+    sparse_budgets: list[int] | None = None
+    sparse_options: dict[str, Any] | None = None

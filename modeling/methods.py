@@ -1,0 +1,48 @@
+"""The methods by name, and how the five `sparse_*` fields become one of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .sparsevlm import SparseVLM
+from .sparsifier import Geometry, Sparsifier, nearest
+from .visionzip import VisionZip
+
+METHODS: dict[str, type[Sparsifier]] = {method.name: method for method in (SparseVLM, VisionZip)}
+
+FIELDS = ("sparse_method", "sparse_budget", "sparse_layers", "sparse_budgets", "sparse_options")
+
+
+def list_methods() -> list[str]:
+    """Names of all methods, sorted: the values that `sparse_method` may take."""
+    return sorted(METHODS)
+
+
+def method_class(name: object) -> type[Sparsifier]:
+    """The class of a method.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(
+            f"sparse_method={name!r} is unknown{nearest(name, list_methods())}; allowed: {', '.join(list_methods())}, None."
+        )
+    return METHODS[name]
+
+
+def resolve_fields(fields: dict[str, Any], geometry: Geometry) -> Sparsifier | None:
+    """Builds the method that the five fields describe; None where `sparse_method` is None.
+
+    Raises:
+        ValueError: for settings without a method, and for all that the method itself refuses.
+    """
+    if fields["sparse_method"] is None:
+        for name in FIELDS[1:]:
+            if fields[name] is not None:
+                raise ValueError(
+                    f"{name}={fields[name]!r} without sparse_method: name one of {', '.join(list_methods())} too."
+                )
+        return None
+    budget, layers, budgets, options = (fields[name] for name in FIELDS[1:])
+    return method_class(fields["sparse_method"]).resolve(geometry, budget, layers, budgets, options)

@@ -1,0 +1,506 @@
+"""LLaVA whose visual tokens are pruned, in everything transformers does with a LLaVA."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, Cache, LlavaForConditionalGeneration, LlavaModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_sparse_llava import SparseLlavaConfig, build_sparsifier
+from .modeling_sparse_clip import SparseCLIPVisionModel
+from .modeling_sparse_llama import SPARSE_DECODERS
+from .pruned_cache import ShortenedPrompt, remember, remembered, surplus
+from .sparsifier import DecoderSparsifier, EncoderSparsifier, Selection, Sparsifier
+from .token_layout import PromptLayout, compact_positions, plan_compaction
+
+IGNORED_LABEL = -100
+
+
+def register_weight_names() -> None:
+    """Lets transformers rename the weights of published LLaVA checkpoints for the classes here; idempotent."""
+    for sparse, stock in {
+        "sparse_llava": "llava",
+        "SparseLlavaModel": "LlavaModel",
+        "SparseCLIPVisionModel": "CLIPVisionModel",
+    }.items():
+        register_checkpoint_conversion_mapping(sparse, get_checkpoint_conversion_mapping(stock), overwrite=True)
+
+
+register_weight_names()
+
+
+@dataclass
+class SparseLlavaModelOutput(LlavaModelOutputWithPast):
+    """Adds to the stock output.
+
+    Attributes:
+        columns: `(batch, new_length)` int64, the input column of each row of `last_hidden_state`, -1 for merged tokens
+            and padding; None where nothing was dropped.
+        selection: the stages, one `Selection` each, if they were asked for.
+    """
+
+    columns: Tensor | None = None
+    selection: tuple[Selection, ...] | None = None
+
+
+@dataclass
+class SparseLlavaOutput(LlavaCausalLMOutputWithPast):
+    """Adds to the stock output; see `SparseLlavaModelOutput`. `logits` has `new_length` rows."""
+
+    columns: Tensor | None = None
+    selection: tuple[Selection, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What enters the decoder; all `(batch, length, ...)`.
+
+    `columns` are the columns the caller gave, None if they are the same.
+    """
+
+    embeds: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    columns: Tensor | None = None
+
+
+class SparseLlavaModel(LlavaModel):
+    """LLaVA without language-model head, pruned.
+
+    Modifications: vision tower and decoder are the sparse classes; placeholders that no visual token is left for are
+    dropped from the inputs. With `sparse_method=None` it runs the stock forward.
+    """
+
+    config_class = SparseLlavaConfig
+    config: SparseLlavaConfig
+
+    def __init__(self, config: SparseLlavaConfig) -> None:
+        # Skips LlavaModel.__init__, which would build the stock parts first.
+        super(LlavaModel, self).__init__(config)
+        self.sparsifier: Sparsifier | None = build_sparsifier(config)
+        if config.vision_config.model_type == "clip_vision_model":
+            self.vision_tower = SparseCLIPVisionModel(config.vision_config)
+        else:
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        decoder = SPARSE_DECODERS.get(config.text_config.model_type)
+        self.language_model = (
+            AutoModel.from_config(config.text_config) if decoder is None else decoder(config.text_config)
+        )
+        self.post_init()
+
+    @property
+    def dense_tokens_per_image(self) -> int:
+        """Placeholders that a stock processor writes for an image."""
+        vision = self.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return patches + (self.config.vision_feature_select_strategy == "full")
+
+    @can_return_tuple
+    def get_image_features(  # type: ignore[override]
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        output_selection: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encodes and projects images.
+
+        Returns:
+            stock output with `pooler_output`, a list of `(tokens, channels)` per image; an encoder method's features
+            replace those of `vision_feature_layer`.
+        """
+        sparsifier = self.sparsifier
+        if sparsifier is None or not isinstance(self.vision_tower, SparseCLIPVisionModel):
+            return super().get_image_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
+                **kwargs,
+            )
+        if isinstance(sparsifier, EncoderSparsifier):
+            outputs = self.vision_tower(
+                pixel_values, sparsifier=sparsifier, output_selection=output_selection, return_dict=True, **kwargs
+            )
+            features = outputs.last_hidden_state
+        else:
+            chosen = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+            count = len(self.vision_tower.encoder.layers) + 1
+            depths = [layer % count for layer in ([chosen] if isinstance(chosen, int) else chosen)]
+            outputs = self.vision_tower(pixel_values, depths=depths, return_dict=True, **kwargs)
+            strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+            features = outputs.last_hidden_state[:, 1 if strategy == "default" else 0 :]
+        outputs.pooler_output = list(self.multi_modal_projector(features))
+        return outputs
+
+    @can_return_tuple
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        visual_mask: Tensor | None = None,
+        output_selection: bool = False,
+        **kwargs: Any,
+    ) -> SparseLlavaModelOutput:
+        """As LLaVA's.
+
+        Args:
+            visual_mask: `(batch, length)` bool, which rows of `inputs_embeds` are visual tokens, for embeddings that
+                hold image features already; not together with `pixel_values`.
+            output_selection: whether to return the stages.
+
+        Raises:
+            ValueError: if placeholders and images do not match, naming the counts that would.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if self.sparsifier is None:
+            stock = super().forward(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
+                **kwargs,
+            )
+            return SparseLlavaModelOutput(**stock, selection=() if output_selection else None)
+        if kwargs.pop("mm_encoder_outputs", None):
+            raise ValueError("mm_encoder_outputs: pass pixel_values instead; a pruned model encodes images itself.")
+        if visual_mask is not None and pixel_values is not None:
+            raise ValueError("visual_mask marks image features inside inputs_embeds: do not pass pixel_values too.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        inputs = _Inputs(inputs_embeds, attention_mask, position_ids)
+        layout, features, tower_selection, images = None, None, (), None
+        tokens_per_image = self.dense_tokens_per_image
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(
+                pixel_values,
+                vision_feature_layer,
+                vision_feature_select_strategy,
+                **({"output_selection": True} if output_selection else {}),
+                **{k: v for k, v in kwargs.items() if k == "image_sizes" and v is not None},
+                return_dict=True,
+            )
+            features = torch.stack(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            tower_selection = getattr(image_outputs, "selection", None) or ()
+            placeholders = self._placeholders(input_ids, inputs_embeds)
+            layout = PromptLayout.of(placeholders, _newest(attention_mask, inputs_embeds.shape[1]))
+            inputs, layout, images = self._insert_features(inputs, layout, features, past_key_values)
+            tokens_per_image = features.shape[1]
+        elif visual_mask is not None:
+            layout = PromptLayout.of(visual_mask, _newest(attention_mask, inputs_embeds.shape[1]))
+        kwargs.pop("image_sizes", None)
+
+        decoder_arguments: dict[str, Any] = {}
+        if isinstance(self.sparsifier, DecoderSparsifier) and layout is not None and any(layout.visual_counts):
+            decoder_arguments = {
+                "layout": layout,
+                "tokens_per_image": tokens_per_image,
+                "sparsifier": self.sparsifier,
+                "output_selection": output_selection,
+            }
+        outputs = self.language_model(
+            attention_mask=inputs.attention_mask,
+            position_ids=inputs.position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs.embeds,
+            **decoder_arguments,
+            **kwargs,
+        )
+        selection = None
+        if output_selection:
+            by_prompt = tuple(_by_prompt(s, images, self.dense_tokens_per_image) for s in tower_selection)
+            selection = by_prompt + (getattr(outputs, "selection", None) or ())
+        return SparseLlavaModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=None if features is None else features.flatten(0, 1),
+            columns=getattr(outputs, "columns", None) if inputs.columns is None else inputs.columns,
+            selection=selection,
+        )
+
+    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """`(batch, length)` bool: where the image placeholders are."""
+        token = self.config.image_token_id
+        if input_ids is not None:
+            return input_ids == token
+        embedding = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+        return (inputs_embeds == embedding).all(-1)
+
+    def _insert_features(
+        self, inputs: _Inputs, layout: PromptLayout, features: Tensor, cache: Cache | None
+    ) -> tuple[_Inputs, PromptLayout, list[int]]:
+        """Puts `(images, tokens, channels)` features in place of the placeholders, dropping those left over.
+
+        Returns:
+            the inputs, their layout, and the images per prompt.
+        """
+        images, tokens = features.shape[:2]
+        dense = self.dense_tokens_per_image
+        total = sum(layout.visual_counts)
+        written = next((n for n in (tokens, dense) if total == images * n), None)
+        if written is None or any(count % written for count in layout.visual_counts):
+            raise ValueError(
+                f"Image features and image tokens do not match: {images} images, and prompts with "
+                f"{layout.visual_counts} image tokens. Each image needs {tokens} tokens (SparseLlavaProcessor writes "
+                f"them) or {dense} (LlavaProcessor)."
+            )
+        per_prompt = [count // written for count in layout.visual_counts]
+        if written != tokens:
+            inputs, layout = self._drop_surplus(inputs, layout, written, tokens, cache)
+        elif cache is not None and surplus(cache) == 0:
+            pass
+        mask = layout.visual[..., None].expand_as(inputs.embeds)
+        return replace(inputs, embeds=inputs.embeds.masked_scatter(mask, features)), layout, per_prompt
+
+    def _drop_surplus(
+        self, inputs: _Inputs, layout: PromptLayout, written: int, tokens: int, cache: Cache | None
+    ) -> tuple[_Inputs, PromptLayout]:
+        """Of the `written` placeholders of every image the first `tokens` stay."""
+        embeds = inputs.embeds
+        rank = (layout.visual.cumsum(1) - 1) % written
+        keep = ~layout.visual | (rank < tokens)
+        removed = [count // written * (written - tokens) for count in layout.visual_counts]
+        plan = plan_compaction(keep, removed, layout.valid, layout.lengths)
+        columns = plan.apply(torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[0], -1))
+        valid = plan.valid if plan.valid is not None else torch.ones_like(columns, dtype=torch.bool)
+        visual = plan.apply(layout.visual) & valid
+        new_layout = replace(layout, visual=visual, valid=plan.valid, lengths=plan.lengths)
+
+        past = remembered(cache).get(0)
+        given = inputs.attention_mask
+        held = 0 if cache is None else int(cache.get_seq_length())
+        mask, positions = plan.valid, compact_positions(plan.valid, columns)
+        before = held if past is None else past.length + held - past.held
+        if held:
+            whole = None if given is None else given[:, :before]
+            earlier = whole if past is None else past.mask_with(whole, held)
+            if earlier is None:
+                earlier = torch.ones(columns.shape[0], held, dtype=torch.bool, device=columns.device)
+            mask = torch.cat([earlier.bool(), valid], dim=1)
+            positions = compact_positions(mask, mask)[:, held:]
+        if cache is not None:
+            total = held + columns.shape[1]
+            counts = (torch.ones_like(columns[:, :1]) * total) if mask is None else mask.sum(1, keepdim=True)
+            length = before + embeds.shape[1]
+            remember(cache, 0, ShortenedPrompt(mask, counts, total, length, "compact"))
+        if plan.valid is not None:
+            columns = columns.masked_fill(~plan.valid, -1)
+        return _Inputs(plan.apply(embeds), mask, positions, columns), new_layout
+
+
+def _newest(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The part of a `(batch, past + length)` mask that belongs to the newest `length` tokens."""
+    if attention_mask is None:
+        return None
+    if isinstance(attention_mask, dict) or attention_mask.dim() != 2:
+        raise ValueError("A pruned model needs an attention_mask of shape (batch, length).")
+    return attention_mask[:, attention_mask.shape[1] - length :]
+
+
+def _by_prompt(selection: Selection, images: list[int] | None, patches: int) -> Selection:
+    """The stage of a tower, a row per image, as a stage of the prompts, a row per prompt."""
+    assert images is not None
+    most = max(images)
+    device = selection.kept.device
+    starts = [sum(images[:row]) for row in range(len(images))]
+    index = torch.tensor([[s + min(i, max(n - 1, 0)) for i in range(most)] for s, n in zip(starts, images, strict=True)])
+    index = index.clamp(max=selection.kept.shape[0] - 1).to(device)
+    there = torch.tensor([[i < n for i in range(most)] for n in images], device=device)[..., None]
+    totals = torch.tensor(images, device=device)[:, None, None] * patches
+    order = torch.arange(most, device=device)[:, None]
+
+    kept = torch.where(there, selection.kept[index] + order * patches, -1).flatten(1)
+    scores = torch.where(there, selection.scores[index], -torch.inf).flatten(1)
+    merge_map = None
+    if selection.merge_map is not None:
+        into = selection.merge_map[index] - patches
+        merged = int(selection.merge_map.max()) - patches + 1
+        merge_map = torch.where(there & (into >= 0), into + totals + order * merged, -1).flatten(1)
+    return Selection(selection.layer, kept, scores, merge_map)
+
+
+class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA, pruned: the class that users load.
+
+    Modifications: the model is `SparseLlavaModel`; labels follow the tokens that are left; generation keeps counting in
+    the tokens that the caller passed.
+    """
+
+    config_class = SparseLlavaConfig
+    config: SparseLlavaConfig
+
+    def __init__(self, config: SparseLlavaConfig) -> None:
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = SparseLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def set_sparsity(
+        self,
+        method: str | None = None,
+        budget: int | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        budgets: Sequence[int] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        """Switches the method without touching the weights; `set_sparsity(None)` makes the model dense.
+
+        Args: the configuration's fields `sparse_method`, `sparse_budget`, `sparse_layers`, `sparse_budgets`,
+            `sparse_options`.
+
+        Raises:
+            ValueError: for an invalid combination; the model stays as it was.
+        """
+        trial = copy.copy(self.config)
+        given = (method, budget, _as_list(layers), _as_list(budgets), options)
+        for config in (trial, self.config):
+            for name, value in zip(
+                ("sparse_method", "sparse_budget", "sparse_layers", "sparse_budgets", "sparse_options"),
+                given,
+                strict=True,
+            ):
+                setattr(config, name, value)
+            config.expand_sparsity()
+        self.model.sparsifier = build_sparsifier(self.config)
+
+    @can_return_tuple
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        image_sizes: Tensor | None = None,
+        visual_mask: Tensor | None = None,
+        output_selection: bool = False,
+        **kwargs: Any,
+    ) -> SparseLlavaOutput:
+        """As LLaVA's; see `SparseLlavaModel.forward` for `visual_mask` and `output_selection`.
+
+        Args:
+            labels: `(batch, length)` over the tokens as passed, placeholders included.
+            logits_to_keep: counts from the end of what is left; a tensor indexes what is left.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_sizes=image_sizes,
+            visual_mask=visual_mask,
+            output_selection=output_selection,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            if outputs.columns is not None:
+                columns = outputs.columns.to(labels.device)
+                labels = labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, IGNORED_LABEL)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return SparseLlavaOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            columns=outputs.columns,
+            selection=outputs.selection,
+        )
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        # The length of the new part was found from the tokens held; the caller's ids also hold what was dropped.
+        if is_first_iteration and next_sequence_length is not None and past_key_values is not None:
+            next_sequence_length -= surplus(past_key_values)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("visual_mask", None)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Keeps the mask two-dimensional for static caches too: runs of layers make their own of it."""
+        if self.model.sparsifier is not None:
+            return attention_mask
+        from transformers.masking_utils import create_masks_for_generate
+
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeats the images of a prompt together; stock code repeats each image on its own."""
+        pixel_values = kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1 and input_ids is not None and input_ids.shape[0] > 0:
+            counts = (input_ids == self.config.image_token_id).sum(-1).tolist()
+            written = sum(counts) // pixel_values.shape[0]
+            groups = pixel_values.split([count // written for count in counts])
+            pixel_values = torch.cat([group for group in groups for _ in range(expand_size)])
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        if pixel_values is not None:
+            kwargs["pixel_values"] = pixel_values
+        return input_ids, kwargs
+
+
+def _as_list(values: Sequence[int] | None) -> list[int] | None:
+    return list(values) if isinstance(values, tuple) else values  # type: ignore[return-value]

@@ -1,0 +1,296 @@
+"""SparseVLM (Zhang et al., ICML 2025, arXiv 2410.04417): text-aware pruning between decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .sparsifier import DecoderSparsifier, Geometry, RaterAttention, check_counts, cluster_mean, nearest, to_float
+
+RECYCLED_SHARE = 0.3  # tau of the paper
+CLUSTER_SHARE = 10  # 1 / theta of the paper
+GRAVITY_HEADS = 14
+
+# Tokens kept at the three layers, by budget, as published for 576 patches.
+PRESETS: dict[str, dict[int, tuple[int, ...]]] = {
+    "1.5": {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)},
+    "2.0": {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118)},
+}
+PRESET_PATCHES = 576
+PRESET_DEPTH = 32
+LAYERS = {"1.0": (2, 6, 15, 19), "1.5": (2, 6, 15), "2.0": (2, 6, 15)}
+RANK_SETTINGS = {64: (0.8, 0.0), 128: (9.0, 6.0), 192: (13.5, 0.0)}
+
+
+def text_raters(visual: Tensor, text: Tensor, text_valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Text tokens that are visually relevant (paper, section 3.2, "relevant text token selection").
+
+    Args:
+        visual: `(rows, V, channels)` input embeddings of the visual tokens.
+        text: `(rows, T, channels)` input embeddings of the text; text_valid: `(rows, T)` bool.
+
+    Returns:
+        raters `(rows, T)` bool: tokens whose mean probability is strictly above the mean over the text, or the whole
+        text where there is none; and the mean probabilities `(rows, T)`, 0 for padding.
+    """
+    logits = to_float(visual) @ to_float(text).transpose(1, 2)
+    logits = logits.masked_fill(~text_valid[:, None], torch.finfo(logits.dtype).min)
+    relevance = logits.softmax(-1).mean(1).masked_fill(~text_valid, 0)
+    mean = relevance.sum(-1, keepdim=True) / text_valid.sum(-1, keepdim=True).clamp(min=1)
+    raters = (relevance > mean) & text_valid
+    return torch.where(raters.any(-1, keepdim=True), raters, text_valid), relevance
+
+
+def rater_mean(values: Tensor, raters: Tensor) -> Tensor:
+    """Mean of `(rows, raters, V)` over the raters that `(rows, raters)` bool marks: `(rows, V)`."""
+    weights = raters.to(values.dtype)
+    return (weights[:, None] @ values).squeeze(1) / weights.sum(-1, keepdim=True).clamp(min=1)
+
+
+def gravity(attention: RaterAttention) -> Tensor:
+    """SparseVLM+ divisor R(m, n) = <rope(1, m), rope(1, n)> / sqrt(head_dim), `(rows, raters, V)`, one for all heads.
+
+    It is the share of the attention that distance alone explains; 1 is the all-ones query and key.
+    """
+
+    def rotated_ones(positions: Tensor) -> Tensor:
+        cos, sin = attention.rotary(positions)
+        half = cos.shape[-1] // 2
+        return cos + torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+    query, key = rotated_ones(attention.rater_positions), rotated_ones(attention.visual_positions)
+    return query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+
+
+def corrected_heads(attention: RaterAttention) -> tuple[Tensor, Tensor]:
+    """SparseVLM+ scores per rater: gravity-corrected attention, mean over the 14 heads of largest sum.
+
+    Returns:
+        `(rows, raters, V)` values and `(rows, min(14, heads))` int64 chosen heads, in descending order of sum.
+    """
+    corrected = attention.probabilities / gravity(attention)[:, None]
+    corrected = corrected.masked_fill(~attention.raters[:, None, :, None], 0)
+    heads = corrected.sum((-1, -2)).argsort(dim=-1, descending=True, stable=True)[:, :GRAVITY_HEADS]
+    chosen = torch.zeros(corrected.shape[:2], dtype=corrected.dtype, device=corrected.device).scatter(1, heads, 1)
+    return torch.einsum("bh,bhrv->brv", chosen, corrected) / heads.shape[1], heads
+
+
+def attention_rank(attention: RaterAttention) -> Tensor:
+    """Matrix rank of the head-mean attention of the raters to the visual tokens, `(rows,)` int64.
+
+    Padding rows are zero and leave the singular values alone; the tolerance is that of the unpadded matrix.
+    """
+    matrix = attention.probabilities.mean(1).masked_fill(~attention.raters[..., None], 0)
+    values = torch.linalg.svdvals(matrix)
+    size = attention.raters.sum(-1).clamp(min=matrix.shape[-1])
+    tolerance = size * torch.finfo(values.dtype).eps * values[:, 0]
+    return (values > tolerance[:, None]).sum(-1)
+
+
+def density_clusters(x: Tensor, clusters: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Density-peak clustering with k nearest neighbours (paper, section 3.3, "token reconstruction"), k = clusters.
+
+    Args:
+        x: `(rows, n, channels)`; clusters: from 1 to n; noise: `(rows, n)` uniform draw, added times 1e-6 to the density.
+
+    Returns:
+        assignment `(rows, n)`, centres `(rows, clusters)` in descending order of score, density and centre scores
+        `(rows, n)`.
+    """
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
+    neighbours = distance.square().topk(clusters, dim=-1, largest=False).values
+    density = (-neighbours.mean(-1)).exp()
+    if noise is not None:
+        density = density + noise * 1e-6
+    denser = density[:, None, :] > density[:, :, None]
+    furthest = distance.amax((-1, -2))[:, None, None]
+    score = torch.where(denser, distance, furthest).amin(-1) * density
+    # Two clusters without noise tie exactly: as in the published code, topk decides which of the two comes first.
+    centres = score.topk(clusters, dim=-1).indices
+    to_centre = distance.gather(2, centres[:, None].expand(-1, x.shape[1], -1))
+    own = torch.arange(clusters, device=x.device).expand_as(centres)
+    return to_centre.argmin(-1).scatter(1, centres, own), centres, density, score
+
+
+def default_layers(version: str, depth: int) -> tuple[int, ...]:
+    """The published layers for 32 decoder layers or more; fewer layers scale them down in proportion.
+
+    Scaled layers lie at least two apart (one, where that does not fit before the last layer), the first from layer 1
+    on: 8 layers give 1, 3, 5. A model with fewer layers than stages drops the earliest stages.
+    """
+    published = LAYERS[version]
+    if depth >= PRESET_DEPTH:
+        return published
+    for gap in (2, 1):
+        layers: list[int] = []
+        for layer in published:
+            scaled = max(1, int(layer * depth / PRESET_DEPTH + 0.5))
+            layers.append(max(scaled, layers[-1] + gap) if layers else scaled)
+        if layers[-1] <= depth - 2:
+            return tuple(layers)
+    last = max(1, depth - 1)
+    return tuple(range(max(0, last - len(published)), last))
+
+
+def default_budgets(version: str, budget: int, patches: int, stages: int) -> tuple[int, ...]:
+    """The published tokens per layer; other budgets are interpolated between them, as shares of the patches.
+
+    Below the smallest published budget all stages shrink in proportion (to 1 at least), above the largest they grow
+    towards all patches. A model with fewer stages takes the last ones.
+    """
+    if patches == PRESET_PATCHES and budget in PRESETS[version]:
+        return PRESETS[version][budget][-stages:]
+    points = {0: (0, 0, 0), **PRESETS[version], PRESET_PATCHES: (PRESET_PATCHES,) * 3}
+    position = budget * PRESET_PATCHES / patches
+    low = max(p for p in points if p <= position)
+    high = min(p for p in points if p >= position)
+    weight = 0.0 if high == low else (position - low) / (high - low)
+    mixed = [a + weight * (b - a) for a, b in zip(points[low], points[high], strict=True)]
+    return tuple(max(1, int(m * patches / PRESET_PATCHES + 0.5)) for m in mixed)[-stages:]
+
+
+@dataclass(frozen=True)
+class SparseVLM(DecoderSparsifier):
+    """Visually relevant question tokens rate the visual tokens; the dropped ones are recycled into clusters.
+
+    Raters, once, from the input embeddings V (visual) and T (text): m = mean over V of softmax(V T^t over the text);
+    the raters are the tokens with m above its mean. At a pruning layer, with P the attention of raters to visual tokens:
+
+    - score = mean over heads and raters of P; the `budgets[stage]` best stay, at least one always goes;
+    - of the n dropped, the int(0.3 n) + 1 best are clustered into int(that / 10) + 1 (density peaks over the layer's
+      output) and each cluster's mean stands behind the last visual token; there it is a visual token like any other.
+
+    Options: `version`: "1.5" (default), "2.0" (SparseVLM+: P divided by its positional gravity, the 14 heads with the
+    largest sum, no merging, original positions) or "1.0" (the tokens kept follow from the rank r of the head-mean P:
+    int(r * scale + bias), or with `lam` the paper's form V - lam * (V - r); fourth layer 19). `positions`: "compact"
+    (renumbered after every pruning; default of 1.0 and 1.5) or "original" (default of 2.0; a merged token stands at the
+    mean position of its members). `scale`, `bias`, `lam`: version 1.0 alone.
+
+    `sparse_budget` is the papers' mean over the layers of 32: see `default_budgets` and `default_layers`. In version
+    1.0 it chooses the published scale and bias (64, 128, 192; others scale 13.5 / 192 in proportion).
+
+    What the paper leaves open: several images compete together for the sum of their budgets. Text is what follows the
+    last image; where nothing does, the text before it rates, as if it could see the image. If no token is above the
+    mean the whole text rates. Prompts without image are left alone. Ties go to the earlier token. The published
+    code adds random noise to the clustering density; it is off here (`density_noise` is the place to pass it in).
+    Complexity: T x L attention logits per head and pruning layer, never L x L; n^2 distances.
+    """
+
+    name = "sparsevlm"
+    paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"
+    summary = "question tokens rate the visual tokens between decoder layers; dropped tokens are recycled as clusters"
+    option_defaults: ClassVar[dict[str, Any]] = {
+        "version": "1.5",
+        "positions": None,
+        "scale": None,
+        "bias": None,
+        "lam": None,
+    }
+
+    version: str = "1.5"
+    positions: str = "compact"
+    scale: float = 13.5
+    bias: float = 0.0
+    lam: float | None = None
+
+    @classmethod
+    def resolve(
+        cls,
+        geometry: Geometry,
+        budget: int | None,
+        layers: Sequence[int] | None,
+        budgets: Sequence[int] | None,
+        options: dict[str, Any] | None,
+    ) -> SparseVLM:
+        chosen = cls.check_options(options)
+        version = _choice("version", chosen["version"], list(LAYERS))
+        positions = chosen["positions"] or ("original" if version == "2.0" else "compact")
+        positions = _choice("positions", positions, ["compact", "original"])
+        budget = cls.check_budget(budget, geometry.patches)
+        depth = geometry.decoder_layers
+        if layers is None:
+            stages = default_layers(version, depth)
+            if budgets is not None and isinstance(budgets, list | tuple) and 0 < len(budgets) < len(stages):
+                stages = stages[-len(budgets) :]
+        else:
+            stages = check_counts("sparse_layers", layers, 0, depth - 1)
+            if any(a >= b for a, b in zip(stages, stages[1:], strict=False)):
+                raise ValueError(f"sparse_layers={list(layers)}: ascending decoder layers, each once, are allowed.")
+        if version == "1.0":
+            return cls._resolve_ranked(positions, budget, stages, budgets, chosen)
+        for option in ("scale", "bias", "lam"):
+            if chosen[option] is not None:
+                raise ValueError(f"sparse_options: {option!r} belongs to version '1.0', not to {version!r}.")
+        if budgets is None:
+            if budget is None:
+                raise ValueError("sparse_method='sparsevlm' needs sparse_budget (64, say) or sparse_budgets, tokens per layer.")
+            if len(stages) > 3:
+                raise ValueError(f"sparse_layers={list(stages)}: sparse_budget expands to at most 3 layers; give sparse_budgets too.")
+            budgets = default_budgets(version, budget, geometry.patches, len(stages))
+        counts = check_counts("sparse_budgets", budgets, 1, geometry.patches, len(stages))
+        return cls(layers=stages, budgets=counts, version=version, positions=positions)
+
+    @classmethod
+    def _resolve_ranked(
+        cls, positions: str, budget: int | None, stages: tuple[int, ...], budgets: object, chosen: dict[str, Any]
+    ) -> SparseVLM:
+        if budgets is not None:
+            raise ValueError(f"sparse_budgets={budgets!r}: version '1.0' finds its budgets from the attention's rank.")
+        for option in ("scale", "bias", "lam"):
+            value = chosen[option]
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+                raise ValueError(f"sparse_options: {option}={value!r}: a number from 0 on is allowed.")
+        if chosen["lam"] is not None and (chosen["scale"] is not None or chosen["bias"] is not None):
+            raise ValueError("sparse_options: give lam (the paper's form) or scale and bias (the code's), not both.")
+        default = (13.5, 0.0) if budget is None else RANK_SETTINGS.get(budget, (13.5 * budget / 192, 0.0))
+        scale = default[0] if chosen["scale"] is None else float(chosen["scale"])
+        bias = default[1] if chosen["bias"] is None else float(chosen["bias"])
+        return cls(stages, (), version="1.0", positions=positions, scale=scale, bias=bias, lam=chosen["lam"])
+
+    def rate(self, visual: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
+        return text_raters(visual, text, text_valid)[0]
+
+    def scores(self, attention: RaterAttention) -> Tensor:
+        per_rater = corrected_heads(attention)[0] if self.version == "2.0" else attention.probabilities.mean(1)
+        return rater_mean(per_rater, attention.raters)
+
+    def counts(self, stage: int, images: int, attention: RaterAttention) -> list[int]:
+        rows, visual = attention.visual_positions.shape
+        if self.version != "1.0":
+            return [min(self.budgets[stage] * images, visual - 1)] * rows
+        return [self._ranked_count(rank, visual) for rank in attention_rank(attention).tolist()]
+
+    def _ranked_count(self, rank: int, visual: int) -> int:
+        if rank >= visual:
+            return visual
+        if self.lam is not None:
+            return max(0, visual - int(self.lam * (visual - rank)))
+        return min(int(rank * self.scale + self.bias), visual - 1)
+
+    def merge(self, layer: int, dropped: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.version == "2.0":
+            return None
+        rows, count, _ = dropped.shape
+        recycled = int(RECYCLED_SHARE * count) + 1
+        clusters = recycled // CLUSTER_SHARE + 1
+        x = to_float(dropped[:, :recycled])
+        noise = self.density_noise(layer, x)
+        with torch.no_grad():
+            assignment = density_clusters(x, clusters, noise)[0]
+        merged = cluster_mean(x, assignment, clusters, epsilon=1e-6).to(dropped.dtype)
+        padding = assignment.new_full((rows, count - recycled), -1)
+        return merged, torch.cat([assignment, padding], dim=1)
+
+    def density_noise(self, layer: int, x: Tensor) -> Tensor | None:
+        """Uniform noise `(rows, n)` for the clustering at a pruning layer; None, the default, is deterministic."""
+        return None
+
+
+def _choice(option: str, value: object, allowed: list[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"sparse_options: {option}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}.")
+    return str(value)

@@ -1,0 +1,195 @@
+"""Where the visual tokens of a batch of prompts lie, and how a batch is compacted when some of them leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention_rows import take_rows
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """Visual tokens and padding of a batch of prompts, with the counts that shapes depend on already on the host.
+
+    Attributes:
+        visual: `(batch, length)` bool.
+        valid: `(batch, length)` bool, false for padding; None without padding.
+        visual_counts, text_counts, lengths: per row: visual tokens, rating text tokens, tokens without padding.
+        text: `(batch, length)` bool, the text that may rate: after the last visual token, else all text.
+        last: `(batch,)` int64, column of the last visual token, -1 without one.
+    """
+
+    visual: Tensor
+    valid: Tensor | None
+    visual_counts: list[int]
+    text_counts: list[int]
+    lengths: list[int]
+    text: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, visual: Tensor, attention_mask: Tensor | None) -> PromptLayout:
+        """Reads the layout from masks `(batch, length)`; the one transfer to the host of a prefill."""
+        visual = visual.bool()
+        valid = torch.ones_like(visual) if attention_mask is None else attention_mask.bool()
+        visual = visual & valid
+        columns = torch.arange(visual.shape[1], device=visual.device)
+        last = torch.where(visual, columns, -1).amax(-1)
+        text = valid & ~visual
+        after = text & (columns > last[:, None])
+        text = torch.where(after.any(-1, keepdim=True), after, text)
+        counts = torch.stack([visual.sum(-1), text.sum(-1), valid.sum(-1)]).tolist()
+        padded = min(counts[2]) < visual.shape[1]
+        return cls(visual, valid if padded else None, *counts, text, last)
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """A plan for shortening `(batch, length)` sequences, the same for every tensor that has that shape.
+
+    Attributes:
+        source: `(batch, new_length)` int64, the old column of each new one; `length + j` is the j-th inserted token.
+        destination: `(batch, length)` int64, the new column of each column that stays; undefined for the others.
+        inserted: `(batch, c)` int64, the new columns of inserted tokens, or None.
+        valid: `(batch, new_length)` bool, false for padding; None without padding.
+        lengths: per row, tokens without padding.
+    """
+
+    source: Tensor
+    destination: Tensor
+    inserted: Tensor | None
+    valid: Tensor | None
+    lengths: list[int]
+
+    def apply(self, x: Tensor, inserted: Tensor | None = None) -> Tensor:
+        """Compacts `(batch, length, ...)`; `inserted` `(batch, c, ...)` is needed if the plan inserts."""
+        if inserted is not None:
+            x = torch.cat([x, inserted], dim=1)
+        return take_rows(x, self.source) if x.dim() == 3 else x.gather(1, self.source)
+
+
+def plan_compaction(
+    keep: Tensor,
+    removed: Sequence[int],
+    valid: Tensor | None,
+    lengths: Sequence[int],
+    inserted: Sequence[int] | None = None,
+    insert_after: Tensor | None = None,
+) -> Compaction:
+    """Plans which columns stay and where they go, order preserved, without reading a tensor's values on the host.
+
+    Rows that all get shorter by the same number keep their padding where it is. Otherwise padding is dropped first and
+    shorter rows are padded on the left.
+
+    Args:
+        keep: `(batch, length)` bool.
+        removed: per row, how many columns are false in `keep`.
+        valid: `(batch, length)` bool or None; lengths: per row, how many are true.
+        inserted: per row, how many tokens are inserted behind column `insert_after` `(batch,)`; None for none.
+    """
+    batch, length = keep.shape
+    device = keep.device
+    added = list(inserted) if inserted is not None else [0] * batch
+    net = [r - a for r, a in zip(removed, added, strict=True)]
+    new_lengths = [n - m for n, m in zip(lengths, net, strict=True)]
+    ragged = len(set(net)) > 1
+    new_length = max(new_lengths) if ragged else length - net[0]
+    if ragged and valid is not None:
+        keep = keep & valid
+
+    columns = torch.arange(length, device=device).expand(batch, -1)
+    offset = torch.tensor([new_length - n for n in new_lengths], device=device)[:, None] if ragged else 0
+    destination = keep.cumsum(1) - 1 + offset
+    inserted_at = None
+    most = max(added)
+    if most:
+        assert insert_after is not None
+        count = torch.tensor(added, device=device)[:, None]
+        behind = columns > insert_after[:, None]
+        slot = torch.arange(most, device=device)
+        inserted_at = (keep & ~behind).sum(1, keepdim=True) + offset + slot
+        destination = destination + torch.where(behind, count, 0)
+    # Column `new_length` takes what goes nowhere and is cut off.
+    source = torch.zeros(batch, new_length + 1, dtype=torch.int64, device=device)
+    source = source.scatter(1, torch.where(keep, destination, new_length), columns)
+    if inserted_at is not None:
+        source = source.scatter(1, torch.where(slot < count, inserted_at, new_length), (length + slot).expand(batch, -1))
+    source = source[:, :-1]
+
+    if ragged:
+        padded = min(new_lengths) < new_length
+        new_valid = torch.arange(new_length, device=device) >= offset if padded else None
+    elif valid is not None:
+        known = valid if not most else torch.cat([valid, valid.new_ones(batch, most)], dim=1)
+        new_valid = known.gather(1, source)
+    else:
+        new_valid = None
+    return Compaction(source, destination, inserted_at, new_valid, new_lengths)
+
+
+def compact_positions(valid: Tensor | None, like: Tensor) -> Tensor:
+    """Positions 0, 1, ... over the valid tokens of each row, `(batch, length)`; 0 on left padding.
+
+    Args:
+        like: `(batch, length, ...)`, whose shape and device are used.
+    """
+    if valid is None:
+        return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
+    return (valid.cumsum(1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class VisualGroup:
+    """Rows of a batch that hold equally many visual tokens.
+
+    Attributes:
+        rows: indices of the rows in the batch.
+        index: the same, `(rows,)` int64 on the device, or None for the whole batch.
+        images: images per prompt.
+        columns: `(rows, V)` int64, columns of the visual tokens, ascending.
+        numbers: `(rows, V)` int64, their numbers as `Selection` counts them.
+        next_number: the number that the next merged token gets.
+    """
+
+    rows: list[int]
+    index: Tensor | None
+    images: int
+    columns: Tensor
+    numbers: Tensor
+    next_number: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """The group's rows of a `(batch, ...)` tensor."""
+        return x if self.index is None else x.index_select(0, self.index)
+
+    def put(self, x: Tensor, value: Tensor) -> Tensor:
+        """A `(batch, ...)` tensor with the group's rows replaced."""
+        return value if self.index is None else x.index_copy(0, self.index, value)
+
+    def subset(self, members: list[int]) -> VisualGroup:
+        """The group of some of its members, given by their place in it."""
+        if len(members) == len(self.rows):
+            return self
+        rows = [self.rows[i] for i in members]
+        local = torch.tensor(members, device=self.columns.device)
+        index = local if self.index is None else self.index.index_select(0, local)
+        columns, numbers = self.columns.index_select(0, local), self.numbers.index_select(0, local)
+        return VisualGroup(rows, index, self.images, columns, numbers, self.next_number)
+
+
+def visual_groups(layout: PromptLayout, tokens_per_image: int) -> list[VisualGroup]:
+    """The rows that have visual tokens, grouped by how many."""
+    groups = []
+    order = (~layout.visual).int().argsort(dim=1, stable=True)
+    for count in sorted(set(layout.visual_counts) - {0}):
+        rows = [row for row, visual in enumerate(layout.visual_counts) if visual == count]
+        whole = len(rows) == len(layout.visual_counts)
+        index = None if whole else torch.tensor(rows, device=order.device)
+        columns = (order if index is None else order.index_select(0, index))[:, :count]
+        numbers = torch.arange(count, device=order.device).expand(len(rows), -1)
+        groups.append(VisualGroup(rows, index, max(1, count // tokens_per_image), columns, numbers, count))
+    return groups

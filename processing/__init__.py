@@ -1,0 +1,1 @@
+"""Processors: every file here may travel to a Hub repository on its own."""
