@@ -31,7 +31,10 @@ class RowTap:
     key: Tensor
 
     def __init__(self, columns: Tensor, cache: Any = None, project_keys: bool = False):
-        """Takes the rows at `columns` `(batch, rows)`; with `project_keys` the keys of an encoder layer too."""
+        """Takes the rows at `columns` `(batch, rows)`.
+
+        With `project_keys` the keys are computed anew, where no cache is handed to the layer.
+        """
         self.columns = columns
         self.cache = cache
         self.project_keys = project_keys
@@ -46,14 +49,14 @@ class RowTap:
         return getattr(self.cache, name)
 
     def take(self, attention: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
-        rows = take_rows(hidden, self.columns)
-        query = _split_heads(attention.q_proj(rows), attention.head_dim)
+        self.query = _split_heads(attention.q_proj(take_rows(hidden, self.columns)), attention.head_dim)
         if rotary is not None:
-            cos, sin = (take_rows(table.expand(hidden.shape[0], -1, -1), self.columns) for table in rotary)
-            query, _ = apply_rotary_pos_emb(query, query, cos, sin)
-        self.query = query
+            tables = [take_rows(table.expand(hidden.shape[0], -1, -1), self.columns) for table in rotary]
+            self.query = apply_rotary_pos_emb(self.query, self.query, *tables)[0]
         if self.project_keys:
             self.key = _split_heads(attention.k_proj(hidden), attention.head_dim)
+            if rotary is not None:
+                self.key = apply_rotary_pos_emb(self.key, self.key, *rotary)[0]
 
 
 def take_rows(x: Tensor, columns: Tensor) -> Tensor:

@@ -68,6 +68,8 @@ class PrunedDecoderMixin:
     layers: nn.ModuleList
     norm: nn.Module
     rotary_emb: nn.Module
+    gradient_checkpointing: bool
+    training: bool
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -101,7 +103,7 @@ class PrunedDecoderMixin:
         Raises:
             ValueError: for visual tokens on a cache that is not empty, or a mask that is not `(batch, length)`.
         """
-        if layout is None and not remembered(past_key_values):
+        if layout is None and not set(remembered(past_key_values)) - {0}:
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -167,22 +169,16 @@ class PrunedDecoderMixin:
 
         hidden = inputs_embeds
         selections: list[Selection] = []
-        if 0 not in carried:
-            masks, rotary = self._run_of_layers(0, hidden, attention_mask, position_ids, cache)
+        masks, rotary = self._run_of_layers(0, hidden, attention_mask, position_ids, cache)
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            if index in carried:
-                total = int(cache.get_seq_length(index)) + hidden.shape[1]  # type: ignore[union-attr]
-                held = carried[index]
-                mask = held.mask_with(attention_mask, total)
-                if held.positions == "compact":
-                    positions = held.next_positions(attention_mask, hidden.shape[1], total)
-                else:
-                    positions = position_ids
-                masks, rotary = self._run_of_layers(index, hidden, mask, positions, cache)
+            if index and index in carried:
+                masks, rotary = self._resume(index, carried[index], hidden, attention_mask, position_ids, cache)
             tap = None
             if index in stages:
                 assert prompt is not None
-                tap = RowTap(prompt.rater_columns, cache)
+                # Checkpointed layers are not given a cache.
+                checkpointed = self.gradient_checkpointing and self.training
+                tap = RowTap(prompt.rater_columns, cache, project_keys=checkpointed)
             hidden = layer(
                 hidden,
                 attention_mask=masks[self._kind(index)],
@@ -199,7 +195,9 @@ class PrunedDecoderMixin:
                 hidden, prompt, selection = self._prune(stage, hidden, tap, prompt, sparsifier, output_selection)
                 selections += selection
                 if cache is not None and index + 1 < self.config.num_hidden_layers:
-                    remember(cache, index + 1, _shortened(prompt, sparsifier, inputs_embeds.shape[1]))
+                    length = inputs_embeds.shape[1]
+                    shortened = ShortenedPrompt(prompt.valid, hidden.shape[1], length, sparsifier.positions)
+                    remember(cache, index + 1, shortened)
                 masks, rotary = self._run_of_layers(index + 1, hidden, prompt.valid, prompt.position_ids, cache)
 
         return SparseDecoderOutput(
@@ -208,6 +206,23 @@ class PrunedDecoderMixin:
             columns=None if prompt is None else prompt.columns,
             selection=tuple(selections) if output_selection else None,
         )
+
+    def _resume(
+        self,
+        first: int,
+        prompt: ShortenedPrompt,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Any,
+    ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        """Masks and rotary tables of new tokens for a run of layers that holds a shortened prompt."""
+        batch, new, _ = hidden.shape
+        total = int(cache.get_seq_length(first)) + new
+        mask = prompt.mask_with(attention_mask, total)
+        if prompt.positions == "compact":
+            position_ids = compact_positions(mask, hidden.new_empty(batch, total, 0), newest=new)
+        return self._run_of_layers(first, hidden, mask, position_ids, cache)
 
     def _kind(self, layer: int) -> str:
         """The kind of attention of a layer, in the words of `layer_types`."""
@@ -412,16 +427,6 @@ def _next_group(r: _Reduction, destination: Tensor, inserted: Tensor | None) -> 
         columns = torch.cat([columns, group.take(inserted)[:, : r.merged_count]], dim=1)
         numbers = torch.cat([numbers, new.expand(len(group.rows), -1)], dim=1)
     return VisualGroup(group.rows, group.index, group.images, columns, numbers, group.next_number + r.merged_count)
-
-
-def _shortened(prompt: _Prompt, sparsifier: DecoderSparsifier, length: int) -> ShortenedPrompt:
-    batch, held = prompt.columns.shape
-    device = prompt.columns.device
-    if prompt.valid is None:
-        counts = torch.full((batch, 1), held, dtype=torch.int64, device=device)
-    else:
-        counts = prompt.valid.sum(1, keepdim=True)
-    return ShortenedPrompt(prompt.valid, counts, held, length, sparsifier.positions)
 
 
 def _record(layer: int, reductions: Sequence[_Reduction], batch: int) -> Selection:

@@ -68,13 +68,14 @@ class SparseLlavaOutput(LlavaCausalLMOutputWithPast):
 class _Inputs:
     """What enters the decoder; all `(batch, length, ...)`.
 
-    `columns` are the columns the caller gave, None if they are the same.
+    `columns` are the columns the caller gave, None if they are the same; `shortened` is what layer 0 then holds.
     """
 
     embeds: Tensor
     attention_mask: Tensor | None
     position_ids: Tensor | None
     columns: Tensor | None = None
+    shortened: ShortenedPrompt | None = None
 
 
 class SparseLlavaModel(LlavaModel):
@@ -175,7 +176,8 @@ class SparseLlavaModel(LlavaModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if self.sparsifier is None:
+        held = remembered(past_key_values)
+        if self.sparsifier is None and not held:
             stock = super().forward(
                 input_ids=input_ids,
                 pixel_values=pixel_values,
@@ -217,6 +219,8 @@ class SparseLlavaModel(LlavaModel):
         elif visual_mask is not None:
             layout = PromptLayout.of(visual_mask, _newest(attention_mask, inputs_embeds.shape[1]))
         kwargs.pop("image_sizes", None)
+        if 0 in held and inputs.shortened is None:
+            inputs = self._translate(inputs, held[0], past_key_values)
 
         decoder_arguments: dict[str, Any] = {}
         if isinstance(self.sparsifier, DecoderSparsifier) and layout is not None and any(layout.visual_counts):
@@ -234,6 +238,8 @@ class SparseLlavaModel(LlavaModel):
             **decoder_arguments,
             **kwargs,
         )
+        if inputs.shortened is not None and outputs.past_key_values is not None:
+            remember(outputs.past_key_values, 0, inputs.shortened)
         selection = None
         if output_selection:
             by_prompt = tuple(_by_prompt(s, images, self.dense_tokens_per_image) for s in tower_selection)
@@ -277,8 +283,6 @@ class SparseLlavaModel(LlavaModel):
         per_prompt = [count // written for count in layout.visual_counts]
         if written != tokens:
             inputs, layout = self._drop_surplus(inputs, layout, written, tokens, cache)
-        elif cache is not None and surplus(cache) == 0:
-            pass
         mask = layout.visual[..., None].expand_as(inputs.embeds)
         return replace(inputs, embeds=inputs.embeds.masked_scatter(mask, features)), layout, per_prompt
 
@@ -296,26 +300,30 @@ class SparseLlavaModel(LlavaModel):
         visual = plan.apply(layout.visual) & valid
         new_layout = replace(layout, visual=visual, valid=plan.valid, lengths=plan.lengths)
 
-        past = remembered(cache).get(0)
-        given = inputs.attention_mask
         held = 0 if cache is None else int(cache.get_seq_length())
-        mask, positions = plan.valid, compact_positions(plan.valid, columns)
-        before = held if past is None else past.length + held - past.held
+        before = held + surplus(cache)
+        mask = plan.valid
         if held:
-            whole = None if given is None else given[:, :before]
-            earlier = whole if past is None else past.mask_with(whole, held)
-            if earlier is None:
-                earlier = torch.ones(columns.shape[0], held, dtype=torch.bool, device=columns.device)
-            mask = torch.cat([earlier.bool(), valid], dim=1)
-            positions = compact_positions(mask, mask)[:, held:]
-        if cache is not None:
-            total = held + columns.shape[1]
-            counts = (torch.ones_like(columns[:, :1]) * total) if mask is None else mask.sum(1, keepdim=True)
-            length = before + embeds.shape[1]
-            remember(cache, 0, ShortenedPrompt(mask, counts, total, length, "compact"))
+            earlier = None if inputs.attention_mask is None else inputs.attention_mask[:, :before].bool()
+            if (past := remembered(cache).get(0)) is not None:
+                earlier = past.mask_with(earlier, held)
+            if earlier is not None or mask is not None:
+                earlier = valid.new_ones(valid.shape[0], held) if earlier is None else earlier
+                mask = torch.cat([earlier, valid], dim=1)
+        total = held + columns.shape[1]
+        positions = compact_positions(mask, embeds.new_empty(embeds.shape[0], total, 0), newest=columns.shape[1])
+        shortened = ShortenedPrompt(mask, total, before + embeds.shape[1], "compact")
         if plan.valid is not None:
             columns = columns.masked_fill(~plan.valid, -1)
-        return _Inputs(plan.apply(embeds), mask, positions, columns), new_layout
+        return _Inputs(plan.apply(embeds), mask, positions, columns, shortened), new_layout
+
+    def _translate(self, inputs: _Inputs, prompt: ShortenedPrompt, cache: Any) -> _Inputs:
+        """Mask and positions of new tokens in the tokens that layer 0 holds; the caller counts the dropped ones too."""
+        batch, new, _ = inputs.embeds.shape
+        total = int(cache.get_seq_length()) + new
+        mask = prompt.mask_with(inputs.attention_mask, total)
+        positions = compact_positions(mask, inputs.embeds.new_empty(batch, total, 0), newest=new)
+        return replace(inputs, attention_mask=mask, position_ids=positions)
 
 
 def _newest(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -8,12 +8,11 @@ mask and positions of the tokens that follow.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 
@@ -23,14 +22,12 @@ class ShortenedPrompt:
 
     Attributes:
         mask: `(batch, held)` bool, false for padding; None without padding.
-        counts: `(batch, 1)` int64, valid tokens held.
         held: tokens the cache layer holds of the prompt.
         length: tokens of the prompt as the caller counts.
         positions: "compact", counted within the run of layers, or "original", as the caller counts.
     """
 
     mask: Tensor | None
-    counts: Tensor
     held: int
     length: int
     positions: str
@@ -45,32 +42,20 @@ class ShortenedPrompt:
         Raises:
             ValueError: if the caller's mask does not span the prompt and what follows.
         """
-        if self.mask is None and attention_mask is None:
-            return None
         after = total - self.held
-        if attention_mask is not None and attention_mask.shape[1] != self.length + after:
+        if attention_mask is None:
+            return None if self.mask is None else nn.functional.pad(self.mask, (0, after), value=True)
+        if attention_mask.dim() != 2 or attention_mask.shape[1] != self.length + after:
             raise ValueError(
-                f"attention_mask spans {attention_mask.shape[1]} tokens; with this cache it must span the whole "
-                f"conversation: {self.length} tokens of the prompt and {after} after it."
+                f"attention_mask has shape {tuple(attention_mask.shape)}; with this cache it must span the whole "
+                f"conversation: (batch, {self.length} tokens of the prompt + {after} after it)."
             )
-        prompt = self.mask if self.mask is not None else self._ones(self.held)
-        new = self._ones(after) if attention_mask is None else attention_mask[:, self.length :].bool()
+        new = attention_mask[:, self.length :].bool()
+        prompt = new.new_ones(new.shape[0], self.held) if self.mask is None else self.mask
         return torch.cat([prompt, new], dim=1)
 
-    def next_positions(self, attention_mask: Tensor | None, new: int, total: int) -> Tensor:
-        """Compact positions `(batch, new)` of the newest tokens; arguments as in `mask_with`."""
-        if attention_mask is None:
-            steps = torch.arange(total - self.held - new, total - self.held, device=self.counts.device)
-            return self.counts + steps
-        after = attention_mask[:, self.length :].to(torch.int64).cumsum(1)
-        return (self.counts + after[:, after.shape[1] - new :] - 1).clamp(min=0)
-
-    def _ones(self, length: int) -> Tensor:
-        return torch.ones(self.counts.shape[0], length, dtype=torch.bool, device=self.counts.device)
-
     def select(self, rows: Tensor) -> ShortenedPrompt:
-        rows = rows.to(self.counts.device)
-        return replace(self, mask=None if self.mask is None else self.mask[rows], counts=self.counts[rows])
+        return self if self.mask is None else replace(self, mask=self.mask[rows.to(self.mask.device)])
 
 
 class ShortenedLayerMixin:
@@ -90,9 +75,8 @@ class ShortenedLayerMixin:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self.prompt is not None:
-            rows = torch.arange(self.prompt.counts.shape[0], device=self.prompt.counts.device)
-            self.prompt = self.prompt.select(rows.repeat_interleave(repeats))
+        if self.prompt is not None and self.prompt.mask is not None:
+            self.prompt = replace(self.prompt, mask=self.prompt.mask.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
         held = int(self.get_seq_length())  # type: ignore[attr-defined]
@@ -109,9 +93,13 @@ class ShortenedLayerMixin:
         self.prompt = None
 
 
-@functools.cache
+_CLASSES: dict[type, type] = {}
+
+
 def _shortened_class(layer_class: type) -> type:
-    return type(f"Shortened{layer_class.__name__}", (ShortenedLayerMixin, layer_class), {})
+    if layer_class not in _CLASSES:
+        _CLASSES[layer_class] = type(f"Shortened{layer_class.__name__}", (ShortenedLayerMixin, layer_class), {})
+    return _CLASSES[layer_class]
 
 
 def remember(cache: Cache, layer: int, prompt: ShortenedPrompt) -> None:
@@ -122,18 +110,22 @@ def remember(cache: Cache, layer: int, prompt: ShortenedPrompt) -> None:
     if isinstance(old, ShortenedLayerMixin):
         old.prompt = prompt
         return
-    new = _shortened_class(type(old)).__new__(_shortened_class(type(old)))
+    layer_class = _shortened_class(type(old))
+    new = layer_class.__new__(layer_class)
     new.__dict__.update(old.__dict__, prompt=prompt)
     cache.layers[layer] = new
 
 
 def remembered(cache: Any) -> dict[int, ShortenedPrompt]:
-    """The prompts that cache layers carry, by layer; empty for a cache of whole prompts or none."""
+    """The prompts that cache layers carry, by layer; empty for a cache of whole prompts or none.
+
+    What layer 0 carries was dropped before the decoder, and is the business of the model around it.
+    """
     layers = getattr(cache, "layers", ())
     return {i: layer.prompt for i, layer in enumerate(layers) if getattr(layer, "prompt", None) is not None}
 
 
 def surplus(cache: Any) -> int:
     """Tokens of the prompt that the caller counts and layer 0 does not hold."""
-    prompt = getattr(cache.layers[0], "prompt", None) if getattr(cache, "layers", None) else None
+    prompt = remembered(cache).get(0)
     return 0 if prompt is None else prompt.length - prompt.held

@@ -131,15 +131,17 @@ def plan_compaction(
     return Compaction(source, destination, inserted_at, new_valid, new_lengths)
 
 
-def compact_positions(valid: Tensor | None, like: Tensor) -> Tensor:
-    """Positions 0, 1, ... over the valid tokens of each row, `(batch, length)`; 0 on left padding.
+def compact_positions(valid: Tensor | None, like: Tensor, newest: int | None = None) -> Tensor:
+    """Positions 0, 1, ... over the valid tokens of each row, 0 on left padding; of the `newest` columns if given.
 
     Args:
-        like: `(batch, length, ...)`, whose shape and device are used.
+        valid: `(batch, length)` bool; None without padding, and then `like` is `(batch, length, ...)`.
     """
     if valid is None:
-        return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
-    return (valid.cumsum(1) - 1).clamp(min=0)
+        positions = torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
+    else:
+        positions = (valid.cumsum(1) - 1).clamp(min=0)
+    return positions if newest is None else positions[:, positions.shape[1] - newest :]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""The one table of methods that the shared tests cross with everything a user does. A new method adds a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with settings for the tiny model: 16 patches, 6 encoder layers, 6 decoder layers.
+
+    Attributes:
+        settings: arguments of `set_sparsity`.
+        fixed: whether the number of tokens kept is the same for every prompt.
+        lengths: visual tokens that each decoder layer holds of one image.
+    """
+
+    name: str
+    method: str
+    settings: dict = field(hash=False)
+    lengths: list[int] | None = field(hash=False, default=None)
+
+    @property
+    def config(self) -> dict:
+        """The settings as configuration fields."""
+        return {"sparse_method": self.method, **{f"sparse_{key}": value for key, value in self.settings.items()}}
+
+
+CASES = [
+    Case("visionzip", "visionzip", {"budgets": [4, 2]}, lengths=[6] * 6),
+    Case("visionzip-budget", "visionzip", {"budget": 5}, lengths=[5] * 6),
+    Case(
+        "sparsevlm",
+        "sparsevlm",
+        {"layers": [0, 2, 3], "budgets": [8, 5, 2]},
+        # 8 of 16 kept, 3 recycled into 1; 5 of 9 kept, 2 into 1; 2 of 6 kept, 2 into 1.
+        lengths=[16, 9, 9, 6, 3, 3],
+    ),
+    Case("sparsevlm-budget", "sparsevlm", {"budget": 4}),
+    Case(
+        "sparsevlm-2.0",
+        "sparsevlm",
+        {"layers": [1, 2, 3], "budgets": [8, 5, 2], "options": {"version": "2.0"}},
+        lengths=[16, 16, 8, 5, 2, 2],
+    ),
+    Case(
+        "sparsevlm-original",
+        "sparsevlm",
+        {"layers": [1, 3], "budgets": [6, 3], "options": {"positions": "original"}},
+        # 6 of 16 kept, 4 recycled into 1; 3 of 7 kept, 2 into 1.
+        lengths=[16, 16, 7, 7, 4, 4],
+    ),
+    Case(
+        "sparsevlm-1.0",
+        "sparsevlm",
+        {"layers": [1, 2], "options": {"version": "1.0", "scale": 2.0, "bias": 1.0}},
+    ),
+    Case("sparsevlm-1.0-paper", "sparsevlm", {"layers": [1, 2], "options": {"version": "1.0", "lam": 0.7}}),
+]
