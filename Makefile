@@ -1,0 +1,54 @@
+# Each target works on a fresh clone: .venv is made first, with the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Nothing below needs the network once .venv stands.
+export HF_HUB_OFFLINE ?= 1
+export HF_DATASETS_OFFLINE ?= 1
+export HF_EVALUATE_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all test-gpu lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv and install the project into it
+
+# Debian's python3 comes without ensurepip: pip is then borrowed from the system.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, e.g. make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## dense, VisionZip and SparseVLM on the embedded reference model
+	$(BIN)/llava-sparse pope --methods dense,visionzip,sparsevlm --budget 64 $(ARGS)
+
+test: $(STAMP) ## the fast tests (ARGS="-k visionzip" passes arguments on)
+	$(BIN)/pytest $(ARGS)
+
+test-all: $(STAMP) ## the slow tests too
+	$(BIN)/pytest -m 'not gpu' $(ARGS)
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what was built and cached, but not .venv
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +

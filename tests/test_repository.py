@@ -1,0 +1,64 @@
+"""Facts about the repository that no other tool checks: packages, versions, and files that travel to the Hub."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import re
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import llava_sparse
+
+ROOT = Path(__file__).resolve().parent.parent
+MAPPED = {"modeling": "llava_sparse.modeling", "processing": "llava_sparse.processing"}
+PORTABLE = sorted(path for folder in MAPPED for path in (ROOT / folder).glob("*.py"))
+
+
+def test_setup_lists_every_package():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "llava_sparse").rglob("__init__.py")
+        if "metrics" not in path.parts and "reference" not in path.parts
+    }
+    assert set(config["options"]["packages"].split()) == found | set(MAPPED.values())
+
+
+def test_versions_agree():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1] == llava_sparse.__version__
+
+
+def test_typed_marker_is_installed():
+    assert resources.files("llava_sparse").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("folder", MAPPED)
+def test_portable_folders_are_flat(folder):
+    assert [path.name for path in (ROOT / folder).iterdir() if path.is_dir() and path.name != "__pycache__"] == []
+
+
+@pytest.mark.parametrize("path", PORTABLE, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_portable_imports(path):
+    """What `custom_object_save` can follow, and what is there where only transformers is installed."""
+    source = path.read_text(encoding="utf-8")
+    allowed = sys.stdlib_module_names | {"torch", "transformers"}
+    relative_lines = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed, ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module.split(".")[0] in allowed, ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1, f"{ast.unparse(node)}: only files of this folder"
+            assert node.module is not None, f"{ast.unparse(node)}: left out of a pushed folder; name the file"
+            assert (path.parent / f"{node.module}.py").is_file(), ast.unparse(node)
+            relative_lines.add(node.lineno)
+    for number, line in enumerate(source.splitlines(), start=1):
+        if re.match(r"\s*(from|import)\s+\.", line):
+            assert number in relative_lines, f"line {number} of a string reads like a relative import"
