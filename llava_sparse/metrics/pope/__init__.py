@@ -1,0 +1,1 @@
+"""The POPE metric; `evaluate.load` takes this folder."""
