@@ -26,10 +26,10 @@ def build_sparsifier(config: Any) -> Sparsifier | None:
     vision = getattr(config, "vision_config", config)
     method = fields["sparse_method"]
     if method is not None:
-        _check_parts(method_class(method), fields, vision, text)
-    feature_layer = getattr(config, "vision_feature_layer", -2)
-    if not isinstance(feature_layer, int):
-        feature_layer = -2
+        _check_parts(method_class(method), method, vision, text, getattr(config, "vision_feature_layer", -2))
+    feature_layers = getattr(config, "vision_feature_layer", -2)
+    feature_layers = [feature_layers] if isinstance(feature_layers, int) else list(feature_layers)
+    feature_layer = feature_layers[0]
     geometry = Geometry(
         patches=(vision.image_size // vision.patch_size) ** 2,
         encoder_layers=vision.num_hidden_layers,
@@ -40,9 +40,8 @@ def build_sparsifier(config: Any) -> Sparsifier | None:
     return resolve_fields(fields, geometry)
 
 
-def _check_parts(method: type[Sparsifier], fields: dict[str, Any], vision: Any, text: Any) -> None:
+def _check_parts(method: type[Sparsifier], name: str, vision: Any, text: Any, feature_layer: int | list[int]) -> None:
     """Refuses a method whose kind of model part is missing or not supported."""
-    name = fields["sparse_method"]
     if method.kind == "decoder":
         if text is None:
             raise ValueError(f"sparse_method={name!r} works in a decoder; a vision tower alone takes encoder methods.")
@@ -53,6 +52,11 @@ def _check_parts(method: type[Sparsifier], fields: dict[str, Any], vision: Any, 
             )
     elif vision.model_type not in ENCODERS:
         raise ValueError(f"sparse_method={name!r} works in a CLIP vision tower, not in {vision.model_type!r}.")
+    elif not isinstance(feature_layer, int) and len(feature_layer) > 1:
+        raise ValueError(
+            f"sparse_method={name!r} reduces the features of one layer; this model's projector takes those of several "
+            f"(vision_feature_layer={list(feature_layer)})."
+        )
 
 
 class SparseFieldsMixin:

@@ -17,6 +17,9 @@ import torch
 
 import llava_sparse
 
+# Tiny tensors: a second thread only waits, and far worse when the cores are shared.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def processor():

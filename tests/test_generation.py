@@ -14,7 +14,7 @@ LOGITS = dict(rtol=0, atol=2e-4)
 
 
 def generate(model, inputs, **kwargs):
-    kwargs = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **kwargs}
+    kwargs = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "suppress_tokens": [4], **kwargs}
     return model.generate(**inputs, **kwargs)
 
 
@@ -368,8 +368,9 @@ def test_pipeline(model, processor):
     assert answer["generated_text"].split() == expected.split()
 
 
+@pytest.mark.parametrize("case", [tiny.CASES[0], pytest.param(tiny.CASES[2], marks=pytest.mark.slow)], ids=lambda c: c.name)
 def test_compiled_forward(model, processor):
-    """`torch.compile` works or says clearly that it does not; eager backend: no code is generated."""
+    """`torch.compile` gives the same; its eager backend traces without generating code."""
     batch = tiny.inputs(processor, tiny.QUESTIONS)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():

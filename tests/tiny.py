@@ -42,8 +42,8 @@ QUESTIONS = [
 def text_config(backbone: str = "llama"):
     common = dict(
         vocab_size=64,
-        hidden_size=48,
-        intermediate_size=64,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -51,7 +51,7 @@ def text_config(backbone: str = "llama"):
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        initializer_range=0.3,
+        initializer_range=0.15,
         tie_word_embeddings=False,
     )
     return {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[backbone](**common)
@@ -59,13 +59,13 @@ def text_config(backbone: str = "llama"):
 
 def vision_config():
     return CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=6,
         num_attention_heads=4,
         image_size=SIDE,
         patch_size=14,
-        initializer_range=0.3,
+        initializer_range=0.15,
     )
 
 
@@ -83,10 +83,10 @@ def dense_model(backbone: str = "llama", seed: int = 0, **changes) -> LlavaForCo
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config(backbone, **changes)).eval()
     for projection in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
-        torch.nn.init.normal_(projection.weight, std=0.3)
+        torch.nn.init.normal_(projection.weight, std=0.2)
     for part in model.model.vision_tower.encoder.layers:
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            torch.nn.init.normal_(getattr(part.self_attn, name).weight, std=0.4)
+            torch.nn.init.normal_(getattr(part.self_attn, name).weight, std=0.25)
     model.generation_config.pad_token_id = 0
     return model
 
