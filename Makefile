@@ -31,14 +31,18 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP) ## dense, VisionZip and SparseVLM on the embedded reference model
 	$(BIN)/llava-sparse pope --methods dense,visionzip,sparsevlm --budget 64 $(ARGS)
 
+# One thread: the tests' tiny models gain nothing from more, and on a busy machine threads waiting for each other make
+# them many times slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+
 test: $(STAMP) ## the fast tests (ARGS="-k visionzip" passes arguments on)
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(STAMP) ## the slow tests too
-	$(BIN)/pytest -m 'not gpu' $(ARGS)
+	$(PYTEST) -m 'not gpu' $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
-	$(BIN)/pytest -m gpu $(ARGS)
+	$(PYTEST) -m gpu $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
