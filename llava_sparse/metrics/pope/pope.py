@@ -72,6 +72,7 @@ class Pope(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Adds rows, as `evaluate.Metric` does; refuses empty lists."""
         # `evaluate` infers the type of a batch from its first row.
         if predictions is not None and references is not None and not (len(predictions) and len(references)):
             raise ValueError("There is nothing to score: predictions or references are empty.")

@@ -1,0 +1,179 @@
+"""Loading a LLaVA to evaluate it: dtype, device, prompt, and one method after the other on the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+
+import llava_sparse
+from llava_sparse.modeling.sparsifier import nearest
+from llava_sparse.reference import CHECKPOINT
+
+DENSE = "dense"
+MODEL_TYPES = ("llava", "sparse_llava")
+# Published evaluations of LLaVA-1.5 ask for a short answer in these words.
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what is needed to ask it.
+
+    Attributes:
+        model: a stock LLaVA, or a `SparseLlavaForConditionalGeneration`.
+        processor: its processor, writing a placeholder for every patch.
+        name: the id or path it was loaded from.
+        knows_short_answer: whether its vocabulary has the words of `SHORT_ANSWER`; the reference model's does not.
+    """
+
+    model: Any
+    processor: Any
+    name: str
+    knows_short_answer: bool
+
+    def prompt(self, short_answer: bool) -> str:
+        """The prompt, `{question}` standing for the question.
+
+        Args:
+            short_answer: whether to ask for a single word, as far as the model knows how.
+        """
+        suffix = SHORT_ANSWER if short_answer and self.knows_short_answer else ""
+        return f"USER: {self.processor.image_token}\n{{question}}{suffix} ASSISTANT:"
+
+    def with_method(self, method: str, budget: int | None = None) -> Any:
+        """The model pruned by a method, or dense, on the same weights.
+
+        Raises:
+            ValueError: for an unknown method or an invalid budget.
+        """
+        check_methods([method])
+        name = None if method == DENSE else method
+        settings = {} if name is None else {"budget": budget}
+        if hasattr(self.model, "set_sparsity"):
+            self.model.set_sparsity(name, **settings)
+            return self.model
+        return self.model if name is None else llava_sparse.sparsify(self.model, name, **settings)
+
+
+def check_methods(methods: list[str]) -> None:
+    """Checks names of methods; `"dense"` is one of them.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one, for a repeated one, and for none at all.
+    """
+    known = [DENSE, *llava_sparse.list_methods()]
+    for method in methods:
+        if method not in known:
+            raise ValueError(f"method {method!r} is unknown{nearest(method, known)}; allowed: {', '.join(known)}.")
+    if not methods or len(set(methods)) < len(methods):
+        raise ValueError(f"methods {methods}: each of {', '.join(known)} at most once, one at least, is allowed.")
+
+
+def load_model(
+    name: str | Path | None = None, dtype: str = "auto", device: str = "auto", attn_implementation: str | None = None
+) -> LoadedModel:
+    """Loads a LLaVA and its processor.
+
+    Args:
+        name: Hub id or folder; None for the embedded reference model.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: as stored on a GPU; on a CPU, where float16 is many
+            times slower, bfloat16 if the processor has instructions for it, else float32.
+        device: what torch calls it, or `"auto"`: the first GPU, else the CPU.
+        attn_implementation: transformers' name of an attention backend; None for its default.
+
+    Raises:
+        ValueError: if it is no LLaVA, lacks weights, or for an unknown dtype or device.
+        OSError: if there is no such folder, or the Hub cannot be reached.
+    """
+    path = str(CHECKPOINT if name is None else name)
+    _check_llava(path)
+    place = _device(device)
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=_dtype(dtype, place), output_loading_info=True, **options
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{path}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them.")
+    processor = AutoProcessor.from_pretrained(path)
+    if getattr(processor, "sparse_method", None) is not None:
+        # Methods are compared on the same prompt, and the dense model needs all placeholders.
+        processor.sparse_method = processor.sparse_budget = processor.sparse_budgets = None
+    tokenizer = processor.tokenizer
+    unknown = tokenizer.unk_token_id
+    knows = unknown is None or unknown not in tokenizer(SHORT_ANSWER, add_special_tokens=False)["input_ids"]
+    return LoadedModel(model.eval().to(place), processor, path, knows)
+
+
+def _check_llava(path: str) -> None:
+    """Looks at the configuration before any weight is read or downloaded."""
+    if Path(path).exists():
+        if not (Path(path) / "config.json").is_file():
+            raise FileNotFoundError(f"{path}: this is no model folder, there is no config.json in it.")
+    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{path}: no such model folder, and no Hub id (owner/name) either.")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path)
+    except OSError as error:
+        if Path(path).exists():
+            raise ValueError(f"{path}: config.json cannot be read; a JSON object is allowed.") from error
+        raise OSError(f"{path}: no such folder, and it cannot be loaded from the Hub: is there a network?") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"{path}: model_type {kind!r} is no LLaVA; allowed: {', '.join(MODEL_TYPES)}.")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} is not available; auto, cpu and cuda, where there is a GPU, are allowed."
+        ) from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in allowed:
+        return allowed[name]
+    if name != "auto":
+        raise ValueError(
+            f"dtype {name!r} is unknown{nearest(name, list(allowed))}; allowed: auto, {', '.join(allowed)}."
+        )
+    if device.type != "cpu":
+        return "auto"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """A picture from a file, upright, in RGB.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no picture.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to.
+        raise ValueError(f"{path}: this is not an image that can be read.") from error
+
+
+@torch.inference_mode()
+def ask(model: Any, processor: Any, image: Image.Image, prompt: str, max_new_tokens: int = 128) -> str:
+    """A model's greedy answer to a prompt with one image placeholder."""
+    inputs = processor(images=[image], text=[prompt], return_tensors="pt").to(model.device, model.dtype)
+    ids = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
