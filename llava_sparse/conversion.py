@@ -52,12 +52,15 @@ def sparsify(
     _share(model, sparse, inner=("model",))
     _share(model.model, sparse.model, inner=("vision_tower", "language_model"))
     for name in ("vision_tower", "language_model"):
-        _share(getattr(model.model, name), getattr(sparse.model, name), inner=())
-        part = getattr(sparse.model, name)
-        if hasattr(part, "watch_layers"):
-            part.watch_layers()
+        theirs, part = getattr(model.model, name), getattr(sparse.model, name)
+        if type(theirs) is type(part):
+            setattr(sparse.model, name, theirs)
+            continue
+        _share(theirs, part, inner=())
+        part.config = theirs.config
+        part.watch_layers()
         # The layers are shared, so the hooks that record their outputs must be too: installed twice, they record twice.
-        maybe_install_capturing_hooks(getattr(model.model, name))
+        maybe_install_capturing_hooks(theirs)
         part._output_capturing_hooks_installed = True
     sparse.generation_config = copy.deepcopy(model.generation_config)
     for name in _LOADED_STATE:
@@ -80,10 +83,6 @@ def _sparse_config(dense: Any) -> SparseLlavaConfig:
 
 def _share(dense: nn.Module, sparse: nn.Module, inner: tuple[str, ...]) -> None:
     """Gives `sparse` the children of `dense`, except `inner`, and what loading has left on it."""
-    if type(dense) is type(sparse) and not inner:
-        parent_state = {k: v for k, v in dense.__dict__.items()}
-        sparse.__dict__.update(parent_state)
-        return
     for name, child in dense.named_children():
         if name not in inner:
             setattr(sparse, name, child)
@@ -91,9 +90,7 @@ def _share(dense: nn.Module, sparse: nn.Module, inner: tuple[str, ...]) -> None:
         setattr(sparse, name, parameter)
     for name, buffer in dense.named_buffers(recurse=False):
         setattr(sparse, name, buffer)
-    sparse.train(dense.training)
-    if not isinstance(dense, LlavaForConditionalGeneration) and not inner:
-        sparse.config = dense.config
+    sparse.training = dense.training
     if "_hf_hook" in dense.__dict__:
         from accelerate.hooks import add_hook_to_module
 

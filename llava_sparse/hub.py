@@ -38,8 +38,8 @@ def save_to_hub_folder(model: Any, processor: Any, folder: str | Path) -> Path:
     """
     if not isinstance(model, modeling_sparse_llava.SparseLlavaForConditionalGeneration):
         raise TypeError(
-            f"save_to_hub_folder takes a SparseLlavaForConditionalGeneration, not a {type(model).__name__}: load it with "
-            "sparse_method=... or use llava_sparse.sparsify."
+            f"save_to_hub_folder takes a SparseLlavaForConditionalGeneration, not a {type(model).__name__}: load it "
+            "with sparse_method=... or use llava_sparse.sparsify."
         )
     folder = Path(folder)
     model.save_pretrained(folder)

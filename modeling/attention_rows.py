@@ -48,7 +48,7 @@ class RowTap:
             raise AttributeError(name)
         return getattr(self.cache, name)
 
-    def take(self, attention: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
+    def take(self, attention: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
         self.query = _split_heads(attention.q_proj(take_rows(hidden, self.columns)), attention.head_dim)
         if rotary is not None:
             tables = [take_rows(table.expand(hidden.shape[0], -1, -1), self.columns) for table in rotary]

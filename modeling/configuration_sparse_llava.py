@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CLIPVisionConfig, LlavaConfig
 
@@ -69,6 +69,10 @@ class SparseFieldsMixin:
         sparse_budgets: tokens per stage and image.
         sparse_options: the method's own options.
     """
+
+    model_type: ClassVar[str]
+    sparse_layers: list[int] | None
+    sparse_budgets: list[int] | None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in [name for name in kwargs if name.startswith("sparse_")]:

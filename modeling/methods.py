@@ -25,9 +25,8 @@ def method_class(name: object) -> type[Sparsifier]:
         ValueError: for an unknown name, with the nearest known one.
     """
     if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(
-            f"sparse_method={name!r} is unknown{nearest(name, list_methods())}; allowed: {', '.join(list_methods())}, None."
-        )
+        allowed = ", ".join(list_methods())
+        raise ValueError(f"sparse_method={name!r} is unknown{nearest(name, list_methods())}; allowed: {allowed}, None.")
     return METHODS[name]
 
 

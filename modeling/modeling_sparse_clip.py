@@ -50,7 +50,7 @@ class SparseCLIPVisionModel(CLIPVisionModel):
             watch(layer.self_attn)
 
     @can_return_tuple
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         pixel_values: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
@@ -85,11 +85,11 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         output_selection: bool,
         **kwargs: Any,
     ) -> SparseCLIPVisionOutput:
-        layers = self.encoder.layers
-        used = None if sparsifier is None else sparsifier.layers[0] % len(layers)
+        layers: Any = self.encoder.layers
+        used = -1 if sparsifier is None else sparsifier.layers[0] % len(layers)
         hidden = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
         outputs = [hidden]
-        for index, layer in enumerate(layers[: max(depths, default=0) if used is None else used + 1]):
+        for index, layer in enumerate(layers[: max(depths, default=0) if sparsifier is None else used + 1]):
             if index != used:
                 hidden = layer(hidden, None, **kwargs)
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +16,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_rows import TAP, RowTap, row_probabilities, take_rows, watch
+from .attention_rows import TAP, RowTap, row_probabilities, watch
 from .pruned_cache import ShortenedPrompt, remember, remembered
 from .sparsifier import DecoderSparsifier, RaterAttention, Selection
-from .token_layout import (
-    PromptLayout,
-    VisualGroup,
-    compact_positions,
-    plan_compaction,
-    visual_groups,
-)
+from .stages import Prompt, apply_reductions, open_prompt, record_stage, reduce_group
+from .token_layout import PromptLayout, VisualGroup, compact_positions
 
 
 @dataclass
@@ -43,20 +37,6 @@ class SparseDecoderOutput(BaseModelOutputWithPast):
     selection: tuple[Selection, ...] | None = None
 
 
-@dataclass
-class _Prompt:
-    """The prompt as the layers now see it; replaced after every pruning layer."""
-
-    valid: Tensor | None
-    lengths: list[int]
-    position_ids: Tensor
-    columns: Tensor
-    last: Tensor
-    groups: list[VisualGroup]
-    rater_columns: Tensor
-    raters: Tensor
-
-
 class PrunedDecoderMixin:
     """Modifications: `forward` takes a prompt's layout and a method, and prunes between layers.
 
@@ -65,21 +45,22 @@ class PrunedDecoderMixin:
     """
 
     config: Any
-    layers: nn.ModuleList
+    embed_tokens: nn.Module
+    layers: Any
     norm: nn.Module
     rotary_emb: nn.Module
     gradient_checkpointing: bool
     training: bool
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         self.watch_layers()
 
     def watch_layers(self) -> None:
         for layer in self.layers:
             watch(layer.self_attn)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -113,9 +94,11 @@ class PrunedDecoderMixin:
                 **kwargs,
             )
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)  # type: ignore[operator]
+            inputs_embeds = self.embed_tokens(input_ids)
         if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() != 2):
-            raise ValueError("Pruning needs an attention_mask of shape (batch, length); masks per query are not supported.")
+            raise ValueError(
+                "Pruning needs an attention_mask of shape (batch, length); masks per query are not supported."
+            )
         return self._forward_pruned(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -161,7 +144,7 @@ class PrunedDecoderMixin:
                     "supported. Run the conversation from its start without the cache."
                 )
             stages = {layer: i for i, layer in enumerate(sparsifier.layers)}
-            prompt = _open_prompt(layout, sparsifier, inputs_embeds, position_ids, tokens_per_image)
+            prompt = open_prompt(layout, sparsifier, inputs_embeds, position_ids, tokens_per_image)
             attention_mask = layout.valid
 
         elif attention_mask is not None and bool(attention_mask.all()):
@@ -190,8 +173,10 @@ class PrunedDecoderMixin:
                 **kwargs,
             )
             if tap is not None:
-                assert prompt is not None and sparsifier is not None
+                assert prompt is not None
+                assert sparsifier is not None
                 stage = stages[index]
+                prompt = prompt.to(hidden.device)
                 hidden, prompt, selection = self._prune(stage, hidden, tap, prompt, sparsifier, output_selection)
                 selections += selection
                 if cache is not None and index + 1 < self.config.num_hidden_layers:
@@ -248,17 +233,17 @@ class PrunedDecoderMixin:
                     past_key_values=cache,
                     layer_idx=layer,
                 )
-        return masks, self.rotary_emb(hidden, position_ids=position_ids)
+        return masks, self.rotary_emb(hidden, position_ids=position_ids.to(hidden.device))
 
     def _prune(
         self,
         stage: int,
         hidden: Tensor,
         tap: RowTap,
-        prompt: _Prompt,
+        prompt: Prompt,
         sparsifier: DecoderSparsifier,
         output_selection: bool,
-    ) -> tuple[Tensor, _Prompt, list[Selection]]:
+    ) -> tuple[Tensor, Prompt, list[Selection]]:
         """Reduces the output of a pruning layer, `(batch, length, channels)`."""
         layer = sparsifier.layers[stage]
         reductions = []
@@ -273,13 +258,15 @@ class PrunedDecoderMixin:
                 members = [i for i, c in enumerate(counts) if c == count]
                 part = group.subset(members)
                 part_scores = scores if part is group else scores[torch.tensor(members, device=scores.device)]
-                reductions.append(_reduce(layer, part, part_scores, count, hidden, prompt.position_ids, sparsifier))
-        hidden, prompt = _apply(reductions, hidden, prompt, sparsifier.positions)
+                reductions.append(
+                    reduce_group(layer, part, part_scores, count, hidden, prompt.position_ids, sparsifier)
+                )
+        hidden, prompt = apply_reductions(reductions, hidden, prompt, sparsifier.positions)
         if not output_selection:
             return hidden, prompt, []
-        return hidden, prompt, [_record(layer, reductions, hidden.shape[0])]
+        return hidden, prompt, [record_stage(layer, reductions, hidden.shape[0])]
 
-    def _rater_attention(self, layer: int, tap: RowTap, prompt: _Prompt, group: VisualGroup) -> RaterAttention:
+    def _rater_attention(self, layer: int, tap: RowTap, prompt: Prompt, group: VisualGroup) -> RaterAttention:
         query, key, columns = group.take(tap.query), group.take(tap.key), group.take(prompt.rater_columns)
         every = torch.arange(key.shape[2], device=key.device)
         # Raters in front of the image look at all of it, as if they stood right behind.
@@ -304,156 +291,6 @@ class PrunedDecoderMixin:
         )
 
 
-@dataclass
-class _Reduction:
-    """What one stage does to one group of rows; shapes are per group, V tokens entered."""
-
-    group: VisualGroup
-    scores: Tensor
-    kept: Tensor
-    merged: Tensor | None
-    merged_positions: Tensor | None
-    merged_into: Tensor | None
-
-    @property
-    def merged_count(self) -> int:
-        return 0 if self.merged is None else self.merged.shape[1]
-
-
-def _open_prompt(
-    layout: PromptLayout, sparsifier: DecoderSparsifier, embeds: Tensor, position_ids: Tensor, tokens_per_image: int
-) -> _Prompt:
-    """Finds the groups and the raters of a prompt before the first layer."""
-    batch, length = layout.visual.shape
-    groups = visual_groups(layout, tokens_per_image)
-    most = max([layout.text_counts[row] for group in groups for row in group.rows], default=0)
-    most = max(1, most)
-    rater_columns = (~layout.text).int().argsort(dim=1, stable=True)[:, :most]
-    text_valid = layout.text.gather(1, rater_columns)
-    raters = torch.zeros_like(text_valid)
-    with torch.no_grad():
-        text = take_rows(embeds, rater_columns)
-        for group in groups:
-            visual = take_rows(group.take(embeds), group.columns)
-            raters = group.put(raters, sparsifier.rate(visual, group.take(text), group.take(text_valid)))
-    return _Prompt(
-        valid=layout.valid,
-        lengths=layout.lengths,
-        position_ids=position_ids.expand(batch, -1),
-        columns=torch.arange(length, device=embeds.device).expand(batch, -1),
-        last=layout.last,
-        groups=groups,
-        rater_columns=rater_columns,
-        raters=raters,
-    )
-
-
-def _reduce(
-    layer: int,
-    group: VisualGroup,
-    scores: Tensor,
-    count: int,
-    hidden: Tensor,
-    position_ids: Tensor,
-    sparsifier: DecoderSparsifier,
-) -> _Reduction:
-    """Keeps the `count` best tokens of each row of a group and merges the others if the method does."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    kept, dropped = order[:, :count].sort(dim=-1).values, order[:, count:]
-    if dropped.shape[1] == 0:
-        return _Reduction(group, scores, kept, None, None, None)
-    columns = group.columns.gather(1, dropped)
-    outcome = sparsifier.merge(layer, take_rows(group.take(hidden), columns))
-    if outcome is None:
-        return _Reduction(group, scores, kept, None, None, None)
-    merged, assignment = outcome
-    member = assignment[:, None] == torch.arange(merged.shape[1], device=merged.device)[:, None]
-    positions = group.take(position_ids).gather(1, columns).float()
-    mean_position = (member * positions[:, None]).sum(-1) / member.sum(-1).clamp(min=1)
-    into = torch.full_like(order, -1).scatter(1, dropped, assignment)
-    return _Reduction(group, scores, kept, merged, mean_position.round().long(), into)
-
-
-def _apply(
-    reductions: Sequence[_Reduction], hidden: Tensor, prompt: _Prompt, positions: str
-) -> tuple[Tensor, _Prompt]:
-    """Compacts the batch after a stage: `hidden` `(batch, length, channels)` and all that goes with it."""
-    batch, length, channels = hidden.shape
-    keep = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
-    most = max((r.merged_count for r in reductions), default=0)
-    merged = hidden.new_zeros(batch, most, channels)
-    merged_positions = prompt.position_ids.new_zeros(batch, most)
-    removed, inserted = [0] * batch, [0] * batch
-    for r in reductions:
-        group = r.group
-        mask = group.take(keep).scatter(1, group.columns, False)
-        keep = group.put(keep, mask.scatter(1, group.columns.gather(1, r.kept), True))
-        for row in group.rows:
-            removed[row] = group.columns.shape[1] - r.kept.shape[1]
-            inserted[row] = r.merged_count
-        if r.merged is not None and r.merged_positions is not None:
-            missing = most - r.merged_count
-            merged = group.put(merged, nn.functional.pad(r.merged, (0, 0, 0, missing)))
-            merged_positions = group.put(merged_positions, nn.functional.pad(r.merged_positions, (0, missing)))
-
-    plan = plan_compaction(keep, removed, prompt.valid, prompt.lengths, inserted, prompt.last)
-    groups = [_next_group(r, plan.destination, plan.inserted) for r in reductions]
-    last = prompt.last
-    for group in groups:
-        last = group.put(last, group.columns[:, -1] if group.columns.shape[1] else group.take(last) * 0 - 1)
-    if positions == "original":
-        position_ids = plan.apply(prompt.position_ids, merged_positions if most else None)
-    else:
-        position_ids = compact_positions(plan.valid, plan.source)
-    no_column = prompt.columns.new_full((batch, most), -1)
-    columns = plan.apply(prompt.columns, no_column if most else None)
-    if plan.valid is not None:
-        columns = columns.masked_fill(~plan.valid, -1)
-    hidden = plan.apply(hidden, merged if most else None)
-    rater_columns = plan.destination.gather(1, prompt.rater_columns).clamp(0, hidden.shape[1] - 1)
-    return hidden, _Prompt(
-        plan.valid, plan.lengths, position_ids, columns, last, groups, rater_columns, prompt.raters
-    )
-
-
-def _next_group(r: _Reduction, destination: Tensor, inserted: Tensor | None) -> VisualGroup:
-    """The group after its reduction: where its visual tokens now are."""
-    group = r.group
-    columns = group.take(destination).gather(1, group.columns.gather(1, r.kept))
-    numbers = group.numbers.gather(1, r.kept)
-    if r.merged_count:
-        assert inserted is not None
-        new = group.next_number + torch.arange(r.merged_count, device=columns.device)
-        columns = torch.cat([columns, group.take(inserted)[:, : r.merged_count]], dim=1)
-        numbers = torch.cat([numbers, new.expand(len(group.rows), -1)], dim=1)
-    return VisualGroup(group.rows, group.index, group.images, columns, numbers, group.next_number + r.merged_count)
-
-
-def _record(layer: int, reductions: Sequence[_Reduction], batch: int) -> Selection:
-    """The stage as `Selection` describes it, padded where groups differ."""
-    device = reductions[0].scores.device if reductions else "cpu"
-    widths = [
-        max((x.shape[1] for x in column), default=0)
-        for column in ([r.kept for r in reductions], [r.scores for r in reductions])
-    ]
-    numbers = max((r.group.next_number for r in reductions), default=0)
-    kept = torch.full((batch, widths[0]), -1, dtype=torch.int64, device=device)
-    scores = torch.full((batch, widths[1]), -torch.inf, device=device)
-    merge_map = torch.full((batch, numbers), -1, dtype=torch.int64, device=device)
-    merges = False
-    for r in reductions:
-        group = r.group
-        own = group.numbers.gather(1, r.kept)
-        kept = group.put(kept, nn.functional.pad(own, (0, widths[0] - own.shape[1]), value=-1))
-        wide = nn.functional.pad(r.scores.to(scores.dtype), (0, widths[1] - r.scores.shape[1]), value=-torch.inf)
-        scores = group.put(scores, wide)
-        if r.merged_into is not None:
-            merges = True
-            into = torch.where(r.merged_into >= 0, r.merged_into + group.next_number, -1)
-            merge_map = group.put(merge_map, group.take(merge_map).scatter(1, group.numbers, into))
-    return Selection(layer, kept, scores, merge_map if merges else None)
-
-
 class SparseLlamaModel(PrunedDecoderMixin, LlamaModel):
     """LLaMA decoder that can drop visual tokens between layers."""
 
@@ -466,7 +303,7 @@ class SparseQwen2Model(PrunedDecoderMixin, Qwen2Model):
     """Qwen2 decoder that can drop visual tokens between layers."""
 
 
-SPARSE_DECODERS: dict[str, type[PrunedDecoderMixin]] = {
+SPARSE_DECODERS: dict[str, Any] = {
     "llama": SparseLlamaModel,
     "mistral": SparseMistralModel,
     "qwen2": SparseQwen2Model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_sparse_llava import SparseLlavaConfig, build_sparsifier
 from .modeling_sparse_clip import SparseCLIPVisionModel
 from .modeling_sparse_llama import SPARSE_DECODERS
-from .pruned_cache import ShortenedPrompt, remember, remembered, surplus
+from .placeholders import DecoderInputs, insert_features, newest_mask, translate
+from .pruned_cache import remember, remembered, surplus
 from .sparsifier import DecoderSparsifier, EncoderSparsifier, Selection, Sparsifier
-from .token_layout import PromptLayout, compact_positions, plan_compaction
+from .stages import stage_by_prompt
+from .token_layout import PromptLayout
 
 IGNORED_LABEL = -100
 
@@ -64,20 +66,6 @@ class SparseLlavaOutput(LlavaCausalLMOutputWithPast):
     selection: tuple[Selection, ...] | None = None
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What enters the decoder; all `(batch, length, ...)`.
-
-    `columns` are the columns the caller gave, None if they are the same; `shortened` is what layer 0 then holds.
-    """
-
-    embeds: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    columns: Tensor | None = None
-    shortened: ShortenedPrompt | None = None
-
-
 class SparseLlavaModel(LlavaModel):
     """LLaVA without language-model head, pruned.
 
@@ -111,7 +99,7 @@ class SparseLlavaModel(LlavaModel):
         return patches + (self.config.vision_feature_select_strategy == "full")
 
     @can_return_tuple
-    def get_image_features(  # type: ignore[override]
+    def get_image_features(
         self,
         pixel_values: Tensor,
         vision_feature_layer: int | list[int] | None = None,
@@ -150,7 +138,7 @@ class SparseLlavaModel(LlavaModel):
         return outputs
 
     @can_return_tuple
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -176,6 +164,10 @@ class SparseLlavaModel(LlavaModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        features_from = {
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+        }
         held = remembered(past_key_values)
         if self.sparsifier is None and not held:
             stock = super().forward(
@@ -185,48 +177,46 @@ class SparseLlavaModel(LlavaModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
                 return_dict=True,
+                **features_from,
                 **kwargs,
             )
             return SparseLlavaModelOutput(**stock, selection=() if output_selection else None)
-        if kwargs.pop("mm_encoder_outputs", None):
-            raise ValueError("mm_encoder_outputs: pass pixel_values instead; a pruned model encodes images itself.")
-        if visual_mask is not None and pixel_values is not None:
-            raise ValueError("visual_mask marks image features inside inputs_embeds: do not pass pixel_values too.")
+        self._check_inputs(pixel_values, visual_mask, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if (image_sizes := kwargs.pop("image_sizes", None)) is not None:
+            features_from["image_sizes"] = image_sizes
 
-        inputs = _Inputs(inputs_embeds, attention_mask, position_ids)
-        layout, features, tower_selection, images = None, None, (), None
-        tokens_per_image = self.dense_tokens_per_image
+        inputs = DecoderInputs(inputs_embeds, attention_mask, position_ids)
+        layout, features = None, None
+        stages: tuple[Selection, ...] = ()
         if pixel_values is not None:
-            image_outputs = self.get_image_features(
+            outputs = self.get_image_features(
                 pixel_values,
-                vision_feature_layer,
-                vision_feature_select_strategy,
                 **({"output_selection": True} if output_selection else {}),
-                **{k: v for k, v in kwargs.items() if k == "image_sizes" and v is not None},
+                **features_from,
                 return_dict=True,
             )
-            features = torch.stack(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
-            tower_selection = getattr(image_outputs, "selection", None) or ()
-            placeholders = self._placeholders(input_ids, inputs_embeds)
-            layout = PromptLayout.of(placeholders, _newest(attention_mask, inputs_embeds.shape[1]))
-            inputs, layout, images = self._insert_features(inputs, layout, features, past_key_values)
-            tokens_per_image = features.shape[1]
+            features = torch.stack(outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            layout = PromptLayout.of(
+                self._placeholders(input_ids, inputs_embeds), newest_mask(attention_mask, inputs_embeds.shape[1])
+            )
+            dense_tokens = self.dense_tokens_per_image
+            inputs, layout, images = insert_features(inputs, layout, features, dense_tokens, past_key_values)
+            stages = tuple(
+                stage_by_prompt(stage, images, dense_tokens) for stage in getattr(outputs, "selection", None) or ()
+            )
         elif visual_mask is not None:
-            layout = PromptLayout.of(visual_mask, _newest(attention_mask, inputs_embeds.shape[1]))
-        kwargs.pop("image_sizes", None)
+            layout = PromptLayout.of(visual_mask, newest_mask(attention_mask, inputs_embeds.shape[1]))
         if 0 in held and inputs.shortened is None:
-            inputs = self._translate(inputs, held[0], past_key_values)
+            inputs = translate(inputs, held[0], past_key_values)
 
         decoder_arguments: dict[str, Any] = {}
         if isinstance(self.sparsifier, DecoderSparsifier) and layout is not None and any(layout.visual_counts):
             decoder_arguments = {
                 "layout": layout,
-                "tokens_per_image": tokens_per_image,
+                "tokens_per_image": self.dense_tokens_per_image if features is None else features.shape[1],
                 "sparsifier": self.sparsifier,
                 "output_selection": output_selection,
             }
@@ -240,10 +230,6 @@ class SparseLlavaModel(LlavaModel):
         )
         if inputs.shortened is not None and outputs.past_key_values is not None:
             remember(outputs.past_key_values, 0, inputs.shortened)
-        selection = None
-        if output_selection:
-            by_prompt = tuple(_by_prompt(s, images, self.dense_tokens_per_image) for s in tower_selection)
-            selection = by_prompt + (getattr(outputs, "selection", None) or ())
         return SparseLlavaModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -251,8 +237,16 @@ class SparseLlavaModel(LlavaModel):
             attentions=outputs.attentions,
             image_hidden_states=None if features is None else features.flatten(0, 1),
             columns=getattr(outputs, "columns", None) if inputs.columns is None else inputs.columns,
-            selection=selection,
+            selection=stages + (getattr(outputs, "selection", None) or ()) if output_selection else None,
         )
+
+    def _check_inputs(self, pixel_values: Tensor | None, visual_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+        if kwargs.pop("mm_encoder_outputs", None):
+            raise ValueError("mm_encoder_outputs: pass pixel_values instead; a pruned model encodes images itself.")
+        if visual_mask is not None and pixel_values is not None:
+            raise ValueError("visual_mask marks image features inside inputs_embeds: do not pass pixel_values too.")
+        if visual_mask is not None and isinstance(self.sparsifier, EncoderSparsifier):
+            raise ValueError(f"visual_mask: {self.sparsifier.name} prunes in the encoder; pass pixel_values instead.")
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """`(batch, length)` bool: where the image placeholders are."""
@@ -261,100 +255,6 @@ class SparseLlavaModel(LlavaModel):
             return input_ids == token
         embedding = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
         return (inputs_embeds == embedding).all(-1)
-
-    def _insert_features(
-        self, inputs: _Inputs, layout: PromptLayout, features: Tensor, cache: Cache | None
-    ) -> tuple[_Inputs, PromptLayout, list[int]]:
-        """Puts `(images, tokens, channels)` features in place of the placeholders, dropping those left over.
-
-        Returns:
-            the inputs, their layout, and the images per prompt.
-        """
-        images, tokens = features.shape[:2]
-        dense = self.dense_tokens_per_image
-        total = sum(layout.visual_counts)
-        written = next((n for n in (tokens, dense) if total == images * n), None)
-        if written is None or any(count % written for count in layout.visual_counts):
-            raise ValueError(
-                f"Image features and image tokens do not match: {images} images, and prompts with "
-                f"{layout.visual_counts} image tokens. Each image needs {tokens} tokens (SparseLlavaProcessor writes "
-                f"them) or {dense} (LlavaProcessor)."
-            )
-        per_prompt = [count // written for count in layout.visual_counts]
-        if written != tokens:
-            inputs, layout = self._drop_surplus(inputs, layout, written, tokens, cache)
-        mask = layout.visual[..., None].expand_as(inputs.embeds)
-        return replace(inputs, embeds=inputs.embeds.masked_scatter(mask, features)), layout, per_prompt
-
-    def _drop_surplus(
-        self, inputs: _Inputs, layout: PromptLayout, written: int, tokens: int, cache: Cache | None
-    ) -> tuple[_Inputs, PromptLayout]:
-        """Of the `written` placeholders of every image the first `tokens` stay."""
-        embeds = inputs.embeds
-        rank = (layout.visual.cumsum(1) - 1) % written
-        keep = ~layout.visual | (rank < tokens)
-        removed = [count // written * (written - tokens) for count in layout.visual_counts]
-        plan = plan_compaction(keep, removed, layout.valid, layout.lengths)
-        columns = plan.apply(torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[0], -1))
-        valid = plan.valid if plan.valid is not None else torch.ones_like(columns, dtype=torch.bool)
-        visual = plan.apply(layout.visual) & valid
-        new_layout = replace(layout, visual=visual, valid=plan.valid, lengths=plan.lengths)
-
-        held = 0 if cache is None else int(cache.get_seq_length())
-        before = held + surplus(cache)
-        mask = plan.valid
-        if held:
-            earlier = None if inputs.attention_mask is None else inputs.attention_mask[:, :before].bool()
-            if (past := remembered(cache).get(0)) is not None:
-                earlier = past.mask_with(earlier, held)
-            if earlier is not None or mask is not None:
-                earlier = valid.new_ones(valid.shape[0], held) if earlier is None else earlier
-                mask = torch.cat([earlier, valid], dim=1)
-        total = held + columns.shape[1]
-        positions = compact_positions(mask, embeds.new_empty(embeds.shape[0], total, 0), newest=columns.shape[1])
-        shortened = ShortenedPrompt(mask, total, before + embeds.shape[1], "compact")
-        if plan.valid is not None:
-            columns = columns.masked_fill(~plan.valid, -1)
-        return _Inputs(plan.apply(embeds), mask, positions, columns, shortened), new_layout
-
-    def _translate(self, inputs: _Inputs, prompt: ShortenedPrompt, cache: Any) -> _Inputs:
-        """Mask and positions of new tokens in the tokens that layer 0 holds; the caller counts the dropped ones too."""
-        batch, new, _ = inputs.embeds.shape
-        total = int(cache.get_seq_length()) + new
-        mask = prompt.mask_with(inputs.attention_mask, total)
-        positions = compact_positions(mask, inputs.embeds.new_empty(batch, total, 0), newest=new)
-        return replace(inputs, attention_mask=mask, position_ids=positions)
-
-
-def _newest(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """The part of a `(batch, past + length)` mask that belongs to the newest `length` tokens."""
-    if attention_mask is None:
-        return None
-    if isinstance(attention_mask, dict) or attention_mask.dim() != 2:
-        raise ValueError("A pruned model needs an attention_mask of shape (batch, length).")
-    return attention_mask[:, attention_mask.shape[1] - length :]
-
-
-def _by_prompt(selection: Selection, images: list[int] | None, patches: int) -> Selection:
-    """The stage of a tower, a row per image, as a stage of the prompts, a row per prompt."""
-    assert images is not None
-    most = max(images)
-    device = selection.kept.device
-    starts = [sum(images[:row]) for row in range(len(images))]
-    index = torch.tensor([[s + min(i, max(n - 1, 0)) for i in range(most)] for s, n in zip(starts, images, strict=True)])
-    index = index.clamp(max=selection.kept.shape[0] - 1).to(device)
-    there = torch.tensor([[i < n for i in range(most)] for n in images], device=device)[..., None]
-    totals = torch.tensor(images, device=device)[:, None, None] * patches
-    order = torch.arange(most, device=device)[:, None]
-
-    kept = torch.where(there, selection.kept[index] + order * patches, -1).flatten(1)
-    scores = torch.where(there, selection.scores[index], -torch.inf).flatten(1)
-    merge_map = None
-    if selection.merge_map is not None:
-        into = selection.merge_map[index] - patches
-        merged = int(selection.merge_map.max()) - patches + 1
-        merge_map = torch.where(there & (into >= 0), into + totals + order * merged, -1).flatten(1)
-    return Selection(selection.layer, kept, scores, merge_map)
 
 
 class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -403,7 +303,7 @@ class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.model.sparsifier = build_sparsifier(self.config)
 
     @can_return_tuple
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -461,7 +361,7 @@ class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             selection=outputs.selection,
         )
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
@@ -494,7 +394,7 @@ class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
 
-    def _expand_inputs_for_generation(  # type: ignore[override]
+    def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeats the images of a prompt together; stock code repeats each image on its own."""

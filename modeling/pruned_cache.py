@@ -51,7 +51,7 @@ class ShortenedPrompt:
                 f"conversation: (batch, {self.length} tokens of the prompt + {after} after it)."
             )
         new = attention_mask[:, self.length :].bool()
-        prompt = new.new_ones(new.shape[0], self.held) if self.mask is None else self.mask
+        prompt = new.new_ones(new.shape[0], self.held) if self.mask is None else self.mask.to(new.device)
         return torch.cat([prompt, new], dim=1)
 
     def select(self, rows: Tensor) -> ShortenedPrompt:
@@ -83,8 +83,8 @@ class ShortenedLayerMixin:
         left = held + tokens_to_remove if tokens_to_remove <= 0 else min(held, tokens_to_remove)
         if self.prompt is not None and left < self.prompt.held:
             raise ValueError(
-                f"crop({tokens_to_remove}) would cut into the pruned prompt: {held - self.prompt.held} tokens came after "
-                "it. Run the prompt again instead."
+                f"crop({tokens_to_remove}) would cut into the pruned prompt: {held - self.prompt.held} tokens came "
+                "after it. Run the prompt again instead."
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
 
@@ -93,10 +93,10 @@ class ShortenedLayerMixin:
         self.prompt = None
 
 
-_CLASSES: dict[type, type] = {}
+_CLASSES: dict[type, Any] = {}
 
 
-def _shortened_class(layer_class: type) -> type:
+def _shortened_class(layer_class: type) -> Any:
     if layer_class not in _CLASSES:
         _CLASSES[layer_class] = type(f"Shortened{layer_class.__name__}", (ShortenedLayerMixin, layer_class), {})
     return _CLASSES[layer_class]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -95,7 +96,7 @@ def density_clusters(x: Tensor, clusters: int, noise: Tensor | None = None) -> t
     """Density-peak clustering with k nearest neighbours (paper, section 3.3, "token reconstruction"), k = clusters.
 
     Args:
-        x: `(rows, n, channels)`; clusters: from 1 to n; noise: `(rows, n)` uniform draw, added times 1e-6 to the density.
+        x: `(rows, n, channels)`; clusters: from 1 to n; noise: `(rows, n)` uniform, added to the density times 1e-6.
 
     Returns:
         assignment `(rows, n)`, centres `(rows, clusters)` in descending order of score, density and centre scores
@@ -155,10 +156,10 @@ def default_budgets(version: str, budget: int, patches: int, stages: int) -> tup
 
 @dataclass(frozen=True)
 class SparseVLM(DecoderSparsifier):
-    """Visually relevant question tokens rate the visual tokens; the dropped ones are recycled into clusters.
+    """Visually relevant question tokens rate the visual tokens; dropped ones are recycled into clusters.
 
     Raters, once, from the input embeddings V (visual) and T (text): m = mean over V of softmax(V T^t over the text);
-    the raters are the tokens with m above its mean. At a pruning layer, with P the attention of raters to visual tokens:
+    the raters are the tokens with m above its mean. At a pruning layer, P being the raters' attention to visual tokens:
 
     - score = mean over heads and raters of P; the `budgets[stage]` best stay, at least one always goes;
     - of the n dropped, the int(0.3 n) + 1 best are clustered into int(that / 10) + 1 (density peaks over the layer's
@@ -218,7 +219,7 @@ class SparseVLM(DecoderSparsifier):
                 stages = stages[-len(budgets) :]
         else:
             stages = check_counts("sparse_layers", layers, 0, depth - 1)
-            if any(a >= b for a, b in zip(stages, stages[1:], strict=False)):
+            if any(a >= b for a, b in pairwise(stages)):
                 raise ValueError(f"sparse_layers={list(layers)}: ascending decoder layers, each once, are allowed.")
         if version == "1.0":
             return cls._resolve_ranked(positions, budget, stages, budgets, chosen)
@@ -227,9 +228,13 @@ class SparseVLM(DecoderSparsifier):
                 raise ValueError(f"sparse_options: {option!r} belongs to version '1.0', not to {version!r}.")
         if budgets is None:
             if budget is None:
-                raise ValueError("sparse_method='sparsevlm' needs sparse_budget (64, say) or sparse_budgets, tokens per layer.")
+                raise ValueError(
+                    "sparse_method='sparsevlm' needs sparse_budget (64, say) or sparse_budgets, tokens per layer."
+                )
             if len(stages) > 3:
-                raise ValueError(f"sparse_layers={list(stages)}: sparse_budget expands to at most 3 layers; give sparse_budgets too.")
+                raise ValueError(
+                    f"sparse_layers={list(stages)}: sparse_budget expands to at most 3 layers; give sparse_budgets too."
+                )
             budgets = default_budgets(version, budget, geometry.patches, len(stages))
         counts = check_counts("sparse_budgets", budgets, 1, geometry.patches, len(stages))
         return cls(layers=stages, budgets=counts, version=version, positions=positions)

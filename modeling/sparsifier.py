@@ -67,7 +67,11 @@ def check_counts(field: str, values: object, low: int, high: int, length: int | 
     """
     size = "a list" if length is None else f"a list of {length}"
     entries = list(values) if isinstance(values, list | tuple) else None
-    if not entries or (length is not None and len(entries) != length) or not all(is_count(v, low, high) for v in entries):
+    if (
+        not entries
+        or (length is not None and len(entries) != length)
+        or not all(is_count(v, low, high) for v in entries)
+    ):
         raise ValueError(f"{field}={values!r}: {size} integers from {low} to {high} is allowed.")
     return tuple(entries)
 
@@ -139,7 +143,9 @@ class EncoderSparsifier(Sparsifier):
         """Visual tokens per image that enter the decoder."""
 
     @abstractmethod
-    def reduce(self, hidden: Tensor, cls_attention: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def reduce(
+        self, hidden: Tensor, cls_attention: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Reduces the output of encoder layer `layers[0]`.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,9 +42,19 @@ class PromptLayout:
         text = valid & ~visual
         after = text & (columns > last[:, None])
         text = torch.where(after.any(-1, keepdim=True), after, text)
-        counts = torch.stack([visual.sum(-1), text.sum(-1), valid.sum(-1)]).tolist()
-        padded = min(counts[2]) < visual.shape[1]
-        return cls(visual, valid if padded else None, *counts, text, last)
+        visual_counts, text_counts, lengths = torch.stack([visual.sum(-1), text.sum(-1), valid.sum(-1)]).tolist()
+        padded = min(lengths) < visual.shape[1]
+        return cls(visual, valid if padded else None, visual_counts, text_counts, lengths, text, last)
+
+    def moved(self, plan: Compaction) -> PromptLayout:
+        """The layout after a compaction that drops visual tokens and inserts none."""
+        there = True if plan.valid is None else plan.valid
+        visual = plan.apply(self.visual) & there
+        columns = torch.arange(visual.shape[1], device=visual.device)
+        counts = [c - (old - new) for c, old, new in zip(self.visual_counts, self.lengths, plan.lengths, strict=True)]
+        last = torch.where(visual, columns, -1).amax(-1)
+        text = plan.apply(self.text) & there
+        return PromptLayout(visual, plan.valid, counts, self.text_counts, plan.lengths, text, last)
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,9 @@ def plan_compaction(
     source = torch.zeros(batch, new_length + 1, dtype=torch.int64, device=device)
     source = source.scatter(1, torch.where(keep, destination, new_length), columns)
     if inserted_at is not None:
-        source = source.scatter(1, torch.where(slot < count, inserted_at, new_length), (length + slot).expand(batch, -1))
+        source = source.scatter(
+            1, torch.where(slot < count, inserted_at, new_length), (length + slot).expand(batch, -1)
+        )
     source = source[:, :-1]
 
     if ragged:
@@ -171,6 +183,10 @@ class VisualGroup:
     def put(self, x: Tensor, value: Tensor) -> Tensor:
         """A `(batch, ...)` tensor with the group's rows replaced."""
         return value if self.index is None else x.index_copy(0, self.index, value)
+
+    def to(self, device: torch.device) -> VisualGroup:
+        index = None if self.index is None else self.index.to(device)
+        return replace(self, index=index, columns=self.columns.to(device), numbers=self.numbers.to(device))
 
     def subset(self, members: list[int]) -> VisualGroup:
         """The group of some of its members, given by their place in it."""

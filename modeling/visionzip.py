@@ -91,10 +91,14 @@ class VisionZip(EncoderSparsifier):
         cls.check_options(options)
         budget = cls.check_budget(budget, geometry.patches)
         depth = geometry.encoder_layers
-        (layer,) = check_counts("sparse_layers", [geometry.feature_layer] if layers is None else layers, -depth, depth - 1, 1)
+        (layer,) = check_counts(
+            "sparse_layers", [geometry.feature_layer] if layers is None else layers, -depth, depth - 1, 1
+        )
         if budgets is None:
             if budget is None:
-                raise ValueError("sparse_method='visionzip' needs sparse_budget (64, say) or sparse_budgets=[dominant, contextual].")
+                raise ValueError(
+                    "sparse_method='visionzip' needs sparse_budget (64, say) or sparse_budgets=[dominant, contextual]."
+                )
             contextual = int(budget * 5 / 32 + 0.5)
             budgets = (budget - contextual, contextual)
         tokens = geometry.patches + 1
@@ -110,7 +114,9 @@ class VisionZip(EncoderSparsifier):
     def tokens(self) -> int:
         return sum(self.budgets)
 
-    def reduce(self, hidden: Tensor, cls_attention: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def reduce(
+        self, hidden: Tensor, cls_attention: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         dominant, contextual = self.budgets
         scores = cls_attention.sum(1)
         index = dominant_tokens(scores, dominant)

@@ -38,7 +38,9 @@ class SparseLlavaProcessor(LlavaProcessor):
         sparse_budgets: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        unknown = [name for name in kwargs if name.startswith("sparse_") and name not in ("sparse_layers", "sparse_options")]
+        unknown = [
+            name for name in kwargs if name.startswith("sparse_") and name not in ("sparse_layers", "sparse_options")
+        ]
         if unknown:
             raise ValueError(f"{unknown[0]} is no setting; there are: sparse_method, sparse_budget, sparse_budgets.")
         self.sparse_method = sparse_method
@@ -77,7 +79,9 @@ def _tokens_per_image(method: str | None, budget: int | None, budgets: list[int]
             raise ValueError("sparse_budget and sparse_budgets need sparse_method.")
         return None
     if method not in ENCODER_METHODS + DECODER_METHODS:
-        raise ValueError(f"sparse_method={method!r} is unknown; allowed: {', '.join(ENCODER_METHODS + DECODER_METHODS)}, None.")
+        raise ValueError(
+            f"sparse_method={method!r} is unknown; allowed: {', '.join(ENCODER_METHODS + DECODER_METHODS)}, None."
+        )
     if method in DECODER_METHODS:
         return None
     tokens = sum(budgets) if budgets else budget

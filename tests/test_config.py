@@ -83,6 +83,8 @@ def test_layers_scale_with_depth():
     assert default_layers("1.0", 32) == (2, 6, 15, 19)
 
 
+ZIP = {"sparse_method": "visionzip", "sparse_budget": 64}
+SPARSE = {"sparse_method": "sparsevlm", "sparse_budget": 64}
 INVALID = [
     ({"sparse_budget": 64}, "sparse_budget=64 without sparse_method"),
     ({"sparse_layers": [1]}, "sparse_layers=.* without sparse_method"),
@@ -106,8 +108,8 @@ INVALID = [
     ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_layers": [24]}, "from -24 to 23"),
     ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_layers": [1, 2]}, "a list of 1"),
     ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_layers": 3}, "sparse_layers=3"),
-    ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_options": {"version": "1"}}, "has no option 'version'"),
-    ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_options": []}, "a dict"),
+    ({**ZIP, "sparse_options": {"version": "1"}}, "has no option 'version'"),
+    ({**ZIP, "sparse_options": []}, "a dict"),
     ({"sparse_method": "sparsevlm"}, "needs sparse_budget"),
     ({"sparse_method": "sparsevlm", "sparse_budget": -1}, "from 1 to 576"),
     ({"sparse_method": "sparsevlm", "sparse_layers": [2, 6], "sparse_budgets": [1, 2, 3]}, "a list of 2"),
@@ -119,11 +121,11 @@ INVALID = [
     ({"sparse_method": "sparsevlm", "sparse_budgets": [0, 1, 1]}, "from 1 to 576"),
     ({"sparse_method": "sparsevlm", "sparse_budgets": [600, 1, 1]}, "from 1 to 576"),
     ({"sparse_method": "sparsevlm", "sparse_layers": [1, 2, 3, 4], "sparse_budget": 64}, "give sparse_budgets too"),
-    ({"sparse_method": "sparsevlm", "sparse_budget": 64, "sparse_options": {"version": "3.0"}}, "allowed: 1.0, 1.5, 2.0"),
-    ({"sparse_method": "sparsevlm", "sparse_budget": 64, "sparse_options": {"version": 1.5}}, "allowed: 1.0, 1.5, 2.0"),
-    ({"sparse_method": "sparsevlm", "sparse_budget": 64, "sparse_options": {"vesion": "2.0"}}, "did you mean 'version'"),
-    ({"sparse_method": "sparsevlm", "sparse_budget": 64, "sparse_options": {"positions": "origin"}}, "did you mean 'original'"),
-    ({"sparse_method": "sparsevlm", "sparse_budget": 64, "sparse_options": {"scale": 2.0}}, "version '1.0'"),
+    ({**SPARSE, "sparse_options": {"version": "3.0"}}, "allowed: 1.0, 1.5, 2.0"),
+    ({**SPARSE, "sparse_options": {"version": 1.5}}, "allowed: 1.0, 1.5, 2.0"),
+    ({**SPARSE, "sparse_options": {"vesion": "2.0"}}, "did you mean 'version'"),
+    ({**SPARSE, "sparse_options": {"positions": "origin"}}, "did you mean 'original'"),
+    ({**SPARSE, "sparse_options": {"scale": 2.0}}, "version '1.0'"),
     ({"sparse_method": "sparsevlm", "sparse_budgets": [3, 2, 1], "sparse_options": {"version": "1.0"}}, "rank"),
     ({"sparse_method": "sparsevlm", "sparse_options": {"version": "1.0", "scale": -1}}, "a number from 0"),
     ({"sparse_method": "sparsevlm", "sparse_options": {"version": "1.0", "lam": 1, "bias": 2}}, "not both"),
@@ -148,7 +150,7 @@ def test_explicit_budgets_win_over_the_preset():
 
 def test_unsupported_parts():
     gemma = GemmaConfig()
-    with pytest.raises(ValueError, match="does not support the text backbone 'gemma'.*llama, mistral, qwen2"):
+    with pytest.raises(ValueError, match=r"does not support the text backbone 'gemma'.*llama, mistral, qwen2"):
         SparseLlavaConfig(text_config=gemma, sparse_method="sparsevlm", sparse_budget=64)
     assert SparseLlavaConfig(text_config=gemma, sparse_method="visionzip", sparse_budget=64).sparse_budgets == [54, 10]
     siglip = SiglipVisionConfig(image_size=336, patch_size=14)

@@ -88,7 +88,9 @@ def test_right_padding_equals_single_runs(model, processor):
 @pytest.mark.parametrize("texts", [tiny.QUESTIONS, MIXED, tiny.QUESTIONS[:1]], ids=["padded", "mixed", "single"])
 def test_both_processors_give_the_same_tokens(model, case, processor, texts):
     stock = tiny.inputs(processor, texts)
-    settings = {key: value for key, value in case.config.items() if key in ("sparse_method", "sparse_budget", "sparse_budgets")}
+    settings = {
+        key: value for key, value in case.config.items() if key in ("sparse_method", "sparse_budget", "sparse_budgets")
+    }
     ours = tiny.processor(llava_sparse.SparseLlavaProcessor, **settings)
     short = tiny.inputs(ours, texts)
     assert new_tokens(model, stock).tolist() == new_tokens(model, short).tolist()
@@ -130,7 +132,11 @@ def test_beam_scores_match_a_forward_pass(model, case, processor):
         pytest.skip("a decoder method prunes by the prompt: a run over prompt and answer prunes otherwise")
     batch = tiny.inputs(processor, tiny.QUESTIONS[:2])
     out = generate(model, batch, num_beams=3, return_dict_in_generate=True, output_scores=True, length_penalty=0.0)
-    whole = {**batch, "input_ids": out.sequences, "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, NEW), value=1)}
+    whole = {
+        **batch,
+        "input_ids": out.sequences,
+        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, NEW), value=1),
+    }
     with torch.no_grad():
         logp = model(**whole).logits.log_softmax(-1)[:, -NEW - 1 : -1]
     answer = out.sequences[:, -NEW:]
@@ -197,7 +203,9 @@ def test_second_turn_on_the_returned_cache(model, processor, text):
     out = generate(model, batch, return_dict_in_generate=True)
     more = processor.tokenizer([text] * 2, return_tensors="pt", add_special_tokens=False)["input_ids"]
     ids = torch.cat([out.sequences, more], dim=1)
-    mask = torch.nn.functional.pad(batch["attention_mask"], (0, ids.shape[1] - batch["attention_mask"].shape[1]), value=1)
+    mask = torch.nn.functional.pad(
+        batch["attention_mask"], (0, ids.shape[1] - batch["attention_mask"].shape[1]), value=1
+    )
     fed = more.shape[1] + 1  # generate leaves its last token out of the cache
 
     second = model.generate(
@@ -225,10 +233,17 @@ def test_second_turn_with_another_image(model, processor):
     """Encoder methods go on with the cache; decoder methods say that they cannot."""
     first = tiny.inputs(processor, tiny.QUESTIONS[:2])
     out = generate(model, first, return_dict_in_generate=True)
-    turn = processor(images=[tiny.image(7), tiny.image(8)], text=["<image> What ?", "<image> No ?"], return_tensors="pt", padding=True)
+    turn = processor(
+        images=[tiny.image(7), tiny.image(8)],
+        text=["<image> What ?", "<image> No ?"],
+        return_tensors="pt",
+        padding=True,
+    )
     more = turn["input_ids"][:, 1:]
     ids = torch.cat([out.sequences, more], dim=1)
-    mask = torch.nn.functional.pad(first["attention_mask"], (0, ids.shape[1] - first["attention_mask"].shape[1]), value=1)
+    mask = torch.nn.functional.pad(
+        first["attention_mask"], (0, ids.shape[1] - first["attention_mask"].shape[1]), value=1
+    )
     arguments = dict(max_new_tokens=3, do_sample=False, eos_token_id=None, attention_mask=mask)
     if model.model.sparsifier.kind == "decoder":
         with pytest.raises(ValueError, match="cache that is not empty"):
@@ -287,7 +302,9 @@ def test_labels_with_stock_placeholders(model, dense, processor):
 def test_labels_before_the_image_follow_their_tokens(model, processor):
     """Labels on all text: the loss over what is left equals a loss computed from the map of columns."""
     batch = tiny.inputs(processor, MIXED)
-    labels = batch["input_ids"].masked_fill(batch["input_ids"] == 4, -100).masked_fill(batch["attention_mask"] == 0, -100)
+    labels = (
+        batch["input_ids"].masked_fill(batch["input_ids"] == 4, -100).masked_fill(batch["attention_mask"] == 0, -100)
+    )
     out = model(**batch, labels=labels)
     if out.columns is None:
         return
@@ -362,13 +379,22 @@ def test_wrong_mask_length_on_a_shortened_cache(model, processor):
 def test_pipeline(model, processor):
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     prompt = tiny.QUESTIONS[0]
-    (answer,) = pipe(images=tiny.image(0), text=prompt, generate_kwargs=dict(max_new_tokens=NEW, do_sample=False), return_full_text=False)
+    (answer,) = pipe(
+        images=tiny.image(0),
+        text=prompt,
+        generate_kwargs=dict(max_new_tokens=NEW, do_sample=False),
+        return_full_text=False,
+    )
     batch = tiny.inputs(processor, prompt)
-    expected = processor.decode(generate(model, batch, eos_token_id=2)[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    expected = processor.decode(
+        generate(model, batch, eos_token_id=2)[0, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     assert answer["generated_text"].split() == expected.split()
 
 
-@pytest.mark.parametrize("case", [tiny.CASES[0], pytest.param(tiny.CASES[2], marks=pytest.mark.slow)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [tiny.CASES[0], pytest.param(tiny.CASES[2], marks=pytest.mark.slow)], ids=lambda c: c.name
+)
 def test_compiled_forward(model, processor):
     """`torch.compile` gives the same; its eager backend traces without generating code."""
     batch = tiny.inputs(processor, tiny.QUESTIONS)

@@ -56,7 +56,9 @@ def test_multimodal_auto_class(checkpoint):
     auto = getattr(transformers, "AutoModelForMultimodalLM", None)
     if auto is None:
         pytest.skip("not in this version of transformers")
-    assert type(load(auto, checkpoint, sparse_method="visionzip", sparse_budget=5)) is SparseLlavaForConditionalGeneration
+    assert (
+        type(load(auto, checkpoint, sparse_method="visionzip", sparse_budget=5)) is SparseLlavaForConditionalGeneration
+    )
 
 
 def test_plain_load_is_transformers_own(checkpoint, processor):
@@ -150,9 +152,10 @@ def test_bitsandbytes(checkpoint, case, processor, bits):
     assert f"Linear{bits}bit" in kinds or "Linear8bitLt" in kinds
     batch = tiny.inputs(processor, tiny.QUESTIONS)
     assert model.generate(**batch, max_new_tokens=3).shape[0] == 3
-    assert model(**batch).logits.isfinite().all()
-    model.set_sparsity(None)
-    assert model(**batch).logits.isfinite().all()
+    with torch.no_grad():
+        assert model(**batch).logits.isfinite().all()
+        model.set_sparsity(None)
+        assert model(**batch).logits.isfinite().all()
 
 
 def test_save_and_reload(model, case, processor, tmp_path):
@@ -167,7 +170,10 @@ def test_save_and_reload(model, case, processor, tmp_path):
 
 def test_saved_weights_load_in_stock_llava(case, dense, checkpoint, processor, tmp_path):
     batch = tiny.inputs(processor, tiny.QUESTIONS)
-    sources = {"made": llava_sparse.sparsify(dense, case.method, **case.settings), "loaded": load(AutoModel, checkpoint, **case.config)}
+    sources = {
+        "made": llava_sparse.sparsify(dense, case.method, **case.settings),
+        "loaded": load(AutoModel, checkpoint, **case.config),
+    }
     for name, model in sources.items():
         model.save_pretrained(tmp_path / name)
         stock = load(LlavaForConditionalGeneration, tmp_path / name)
@@ -292,12 +298,20 @@ print(json.dumps({"method": config.sparse_method, "processor": type(processor)._
 @pytest.mark.parametrize("processor_class", ["sparse", "stock"])
 def test_hub_folder_loads_without_the_package(case, dense, tmp_path, processor_class):
     model = llava_sparse.sparsify(dense, case.method, **case.settings)
-    settings = {key: value for key, value in case.config.items() if key in ("sparse_method", "sparse_budget", "sparse_budgets")}
-    processor = tiny.processor(llava_sparse.SparseLlavaProcessor, **settings) if processor_class == "sparse" else tiny.processor()
+    settings = {
+        key: value for key, value in case.config.items() if key in ("sparse_method", "sparse_budget", "sparse_budgets")
+    }
+    processor = (
+        tiny.processor(llava_sparse.SparseLlavaProcessor, **settings)
+        if processor_class == "sparse"
+        else tiny.processor()
+    )
     hub.save_to_hub_folder(model, processor, tmp_path)
     batch = tiny.inputs(processor, tiny.QUESTIONS)
     torch.save(batch, tmp_path / "inputs.pt")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "HF_MODULES_CACHE": str(tmp_path / "modules")
+    }
     script = tmp_path / "load.py"
     script.write_text(HUB_SCRIPT)
     done = subprocess.run(

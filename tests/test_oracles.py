@@ -175,7 +175,11 @@ def build(path: Path, case: Case, attention: str = "sdpa") -> SparseLlava:
     else:
         sparse |= {"sparse_budget": int(case.info["RETAIN_TOKN"]), "sparse_options": {"version": case.version}}
     config = SparseLlavaConfig(
-        text_config=LlamaConfig(**text), vision_config=vision, image_token_index=127, sparse_method="sparsevlm", **sparse
+        text_config=LlamaConfig(**text),
+        vision_config=vision,
+        image_token_index=127,
+        sparse_method="sparsevlm",
+        **sparse,
     )
     model = SparseLlava._from_config(config, attn_implementation=attention)
     loaded = load_file(weights)
@@ -214,7 +218,9 @@ def test_sparsevlm(path, attention, batch):
     model = build(path, case, attention)
     entered, handles = layer_inputs(model)
     embeds, mask = case.given["inputs_embeds"].expand(batch, -1, -1), case.mask().expand(batch, -1)
-    got = model(inputs_embeds=embeds, visual_mask=mask, use_cache=True, output_hidden_states=True, output_selection=True)
+    got = model(
+        inputs_embeds=embeds, visual_mask=mask, use_cache=True, output_hidden_states=True, output_selection=True
+    )
     for handle in handles:
         handle.remove()
     cache = got.past_key_values
@@ -266,7 +272,7 @@ def check_stages(case: Case, selection, entered: list[torch.Tensor], row: int) -
             # Exact ties of two centres may be numbered either way: compare the partition, then the merged rows.
             pairs = set(zip(ours.tolist(), assign.tolist(), strict=True))
             assert len(pairs) == clusters, prefix + "assign"
-            renumber = torch.tensor([dict((b, a) for a, b in pairs)[c] for c in range(clusters)])
+            renumber = torch.tensor([{b: a for a, b in pairs}[c] for c in range(clusters)])
             after = entered[stage.layer + 1][row]
             start = case.pre + len(kept)
             assert_close(after[start : start + clusters][renumber], want[prefix + "merged"], prefix + "merged")
@@ -281,7 +287,11 @@ def test_sparsevlm_generate(path):
     case = Case.read(path)
     model = build(path, case)
     tokens = model.generate(
-        inputs_embeds=case.given["inputs_embeds"], visual_mask=case.mask(), max_new_tokens=6, do_sample=False, eos_token_id=None
+        inputs_embeds=case.given["inputs_embeds"],
+        visual_mask=case.mask(),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
     )
     assert tokens[0].tolist() == case.want["greedy_tokens"].tolist()
 
@@ -320,7 +330,9 @@ def test_sparsevlm_gravity_and_heads(path, monkeypatch):
     model = build(path, case)
     seen: list[RaterAttention] = []
     scores = SparseVLM.scores
-    monkeypatch.setattr(SparseVLM, "scores", lambda self, attention: (seen.append(attention), scores(self, attention))[1])
+    monkeypatch.setattr(
+        SparseVLM, "scores", lambda self, attention: (seen.append(attention), scores(self, attention))[1]
+    )
     model(inputs_embeds=case.given["inputs_embeds"], visual_mask=case.mask())
     for layer, attention in zip(case.stages, seen, strict=True):
         raters = case.want["raters"]

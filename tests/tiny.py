@@ -28,10 +28,10 @@ __all__ = ["CASES", "PATCHES", "config", "dense_model", "image", "inputs", "proc
 PATCHES = 16
 SIDE = 56
 LAYERS = 6
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"] + (
-    "USER: ASSISTANT: Is there a an in the image ? . , Yes No What dog cat car tree red blue big small of on with "
-    "two three left right up down"
-).split()
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+PLAIN = """USER: ASSISTANT: Is there a an in the image ? . , Yes No What dog cat car tree red blue big small of on with
+two three left right up down"""
+WORDS = SPECIAL + PLAIN.split()
 QUESTIONS = [
     "USER: <image> Is there a dog in the image ? ASSISTANT:",
     "USER: <image> What red car on the left with two big blue tree ? ASSISTANT:",

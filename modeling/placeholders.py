@@ -1,0 +1,114 @@
+"""From image placeholders to visual tokens: what enters the decoder of a LLaVA, in the caller's terms and in ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from .pruned_cache import ShortenedPrompt, remembered, surplus
+from .token_layout import PromptLayout, compact_positions, plan_compaction
+
+
+@dataclass(frozen=True)
+class DecoderInputs:
+    """What enters the decoder.
+
+    Attributes:
+        embeds: `(batch, length, channels)`.
+        attention_mask: `(batch, past + length)` or None; position_ids: `(batch, length)` or None.
+        columns: `(batch, length)` int64, the caller's columns (-1 for padding); None if they are the same.
+        shortened: what layer 0 of the cache then holds; None if that is what the caller counts.
+    """
+
+    embeds: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    columns: Tensor | None = None
+    shortened: ShortenedPrompt | None = None
+
+
+def newest_mask(attention_mask: Any, length: int) -> Tensor | None:
+    """The part of a `(batch, past + length)` mask that belongs to the newest `length` tokens.
+
+    Raises:
+        ValueError: for a mask of another shape.
+    """
+    if attention_mask is None:
+        return None
+    if isinstance(attention_mask, dict) or attention_mask.dim() != 2:
+        raise ValueError("A pruned model needs an attention_mask of shape (batch, length).")
+    return attention_mask[:, attention_mask.shape[1] - length :]
+
+
+def insert_features(
+    inputs: DecoderInputs, layout: PromptLayout, features: Tensor, dense_tokens: int, cache: Cache | None
+) -> tuple[DecoderInputs, PromptLayout, list[int]]:
+    """Puts `(images, tokens, channels)` features in place of the placeholders that `layout` marks.
+
+    A stock processor writes `dense_tokens` placeholders for each image; those left over are dropped.
+
+    Returns:
+        the inputs, their layout, and the images per prompt.
+
+    Raises:
+        ValueError: if placeholders and images do not match.
+    """
+    images, tokens = features.shape[:2]
+    total = sum(layout.visual_counts)
+    written = next((n for n in (tokens, dense_tokens) if total == images * n), None)
+    if written is None or any(count % written for count in layout.visual_counts):
+        raise ValueError(
+            f"Image features and image tokens do not match: {images} images, and prompts with {layout.visual_counts} "
+            f"image tokens. Each image needs {tokens} tokens (SparseLlavaProcessor writes them) or {dense_tokens} "
+            "(LlavaProcessor)."
+        )
+    per_prompt = [count // written for count in layout.visual_counts]
+    if written != tokens:
+        inputs, layout = drop_surplus(inputs, layout, written, tokens, cache)
+    mask = layout.visual[..., None].expand_as(inputs.embeds)
+    return replace(inputs, embeds=inputs.embeds.masked_scatter(mask, features)), layout, per_prompt
+
+
+def drop_surplus(
+    inputs: DecoderInputs, layout: PromptLayout, written: int, tokens: int, cache: Cache | None
+) -> tuple[DecoderInputs, PromptLayout]:
+    """Of the `written` placeholders of every image the first `tokens` stay."""
+    embeds = inputs.embeds
+    batch, length, _ = embeds.shape
+    rank = (layout.visual.cumsum(1) - 1) % written
+    keep = ~layout.visual | (rank < tokens)
+    removed = [count // written * (written - tokens) for count in layout.visual_counts]
+    plan = plan_compaction(keep, removed, layout.valid, layout.lengths)
+    columns = plan.apply(torch.arange(length, device=embeds.device).expand(batch, -1))
+    valid = torch.ones_like(columns, dtype=torch.bool) if plan.valid is None else plan.valid
+
+    held = 0 if cache is None else int(cache.get_seq_length())
+    before = held + surplus(cache)
+    mask = plan.valid
+    if held:
+        earlier = None if inputs.attention_mask is None else inputs.attention_mask[:, :before].bool()
+        if (past := remembered(cache).get(0)) is not None:
+            earlier = past.mask_with(earlier, held)
+        if earlier is not None or mask is not None:
+            earlier = valid.new_ones(batch, held) if earlier is None else earlier
+            mask = torch.cat([earlier, valid], dim=1)
+    total = held + columns.shape[1]
+    positions = compact_positions(mask, embeds.new_empty(batch, total, 0), newest=columns.shape[1])
+    shortened = ShortenedPrompt(mask, total, before + length, "compact")
+    new_layout = layout.moved(plan)
+    if plan.valid is not None:
+        columns = columns.masked_fill(~plan.valid, -1)
+    return DecoderInputs(plan.apply(embeds), mask, positions, columns, shortened), new_layout
+
+
+def translate(inputs: DecoderInputs, prompt: ShortenedPrompt, cache: Any) -> DecoderInputs:
+    """Mask and positions of new tokens in terms of the tokens that layer 0 holds: `prompt` and what followed it."""
+    batch, new, _ = inputs.embeds.shape
+    total = int(cache.get_seq_length()) + new
+    mask = prompt.mask_with(inputs.attention_mask, total)
+    positions = compact_positions(mask, inputs.embeds.new_empty(batch, total, 0), newest=new)
+    return replace(inputs, attention_mask=mask, position_ids=positions)

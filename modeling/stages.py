@@ -1,0 +1,213 @@
+"""One pruning stage between decoder layers: which tokens go, what becomes of them, where the others then are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from .attention_rows import take_rows
+from .sparsifier import DecoderSparsifier, Selection
+from .token_layout import (
+    PromptLayout,
+    VisualGroup,
+    compact_positions,
+    plan_compaction,
+    visual_groups,
+)
+
+
+@dataclass
+class Prompt:
+    """The prompt as the layers now see it; replaced after every pruning layer."""
+
+    valid: Tensor | None
+    lengths: list[int]
+    position_ids: Tensor
+    columns: Tensor
+    last: Tensor
+    groups: list[VisualGroup]
+    rater_columns: Tensor
+    raters: Tensor
+
+    def to(self, device: torch.device) -> Prompt:
+        """The prompt where a layer of a model that is spread over devices has left its output."""
+        if self.columns.device == device:
+            return self
+        moved = {
+            f.name: getattr(self, f.name).to(device) for f in fields(self) if torch.is_tensor(getattr(self, f.name))
+        }
+        return replace(self, **moved, groups=[group.to(device) for group in self.groups])
+
+
+@dataclass
+class Reduction:
+    """What one stage does to one group of rows; shapes are per group, V tokens entered."""
+
+    group: VisualGroup
+    scores: Tensor
+    kept: Tensor
+    merged: Tensor | None
+    merged_positions: Tensor | None
+    merged_into: Tensor | None
+
+    @property
+    def merged_count(self) -> int:
+        return 0 if self.merged is None else self.merged.shape[1]
+
+
+def open_prompt(
+    layout: PromptLayout, sparsifier: DecoderSparsifier, embeds: Tensor, position_ids: Tensor, tokens_per_image: int
+) -> Prompt:
+    """Finds the groups and the raters of a prompt before the first layer."""
+    batch, length = layout.visual.shape
+    groups = visual_groups(layout, tokens_per_image)
+    most = max([layout.text_counts[row] for group in groups for row in group.rows], default=0)
+    most = max(1, most)
+    rater_columns = (~layout.text).int().argsort(dim=1, stable=True)[:, :most]
+    text_valid = layout.text.gather(1, rater_columns)
+    raters = torch.zeros_like(text_valid)
+    with torch.no_grad():
+        text = take_rows(embeds, rater_columns)
+        for group in groups:
+            visual = take_rows(group.take(embeds), group.columns)
+            raters = group.put(raters, sparsifier.rate(visual, group.take(text), group.take(text_valid)))
+    return Prompt(
+        valid=layout.valid,
+        lengths=layout.lengths,
+        position_ids=position_ids.expand(batch, -1),
+        columns=torch.arange(length, device=embeds.device).expand(batch, -1),
+        last=layout.last,
+        groups=groups,
+        rater_columns=rater_columns,
+        raters=raters,
+    )
+
+
+def reduce_group(
+    layer: int,
+    group: VisualGroup,
+    scores: Tensor,
+    count: int,
+    hidden: Tensor,
+    position_ids: Tensor,
+    sparsifier: DecoderSparsifier,
+) -> Reduction:
+    """Keeps the `count` best tokens of each row of a group and merges the others if the method does."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    kept, dropped = order[:, :count].sort(dim=-1).values, order[:, count:]
+    if dropped.shape[1] == 0:
+        return Reduction(group, scores, kept, None, None, None)
+    columns = group.columns.gather(1, dropped)
+    outcome = sparsifier.merge(layer, take_rows(group.take(hidden), columns))
+    if outcome is None:
+        return Reduction(group, scores, kept, None, None, None)
+    merged, assignment = outcome
+    member = assignment[:, None] == torch.arange(merged.shape[1], device=merged.device)[:, None]
+    positions = group.take(position_ids).gather(1, columns).float()
+    mean_position = (member * positions[:, None]).sum(-1) / member.sum(-1).clamp(min=1)
+    into = torch.full_like(order, -1).scatter(1, dropped, assignment)
+    return Reduction(group, scores, kept, merged, mean_position.round().long(), into)
+
+
+def apply_reductions(
+    reductions: Sequence[Reduction], hidden: Tensor, prompt: Prompt, positions: str
+) -> tuple[Tensor, Prompt]:
+    """Compacts the batch after a stage: `hidden` `(batch, length, channels)` and all that goes with it."""
+    batch, length, channels = hidden.shape
+    keep = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+    most = max((r.merged_count for r in reductions), default=0)
+    merged = hidden.new_zeros(batch, most, channels)
+    merged_positions = prompt.position_ids.new_zeros(batch, most)
+    removed, inserted = [0] * batch, [0] * batch
+    for r in reductions:
+        group = r.group
+        mask = group.take(keep).scatter(1, group.columns, False)
+        keep = group.put(keep, mask.scatter(1, group.columns.gather(1, r.kept), True))
+        for row in group.rows:
+            removed[row] = group.columns.shape[1] - r.kept.shape[1]
+            inserted[row] = r.merged_count
+        if r.merged is not None and r.merged_positions is not None:
+            missing = most - r.merged_count
+            merged = group.put(merged, nn.functional.pad(r.merged, (0, 0, 0, missing)))
+            merged_positions = group.put(merged_positions, nn.functional.pad(r.merged_positions, (0, missing)))
+
+    plan = plan_compaction(keep, removed, prompt.valid, prompt.lengths, inserted, prompt.last)
+    groups = [_next_group(r, plan.destination, plan.inserted) for r in reductions]
+    last = prompt.last
+    for group in groups:
+        last = group.put(last, group.columns[:, -1] if group.columns.shape[1] else group.take(last) * 0 - 1)
+    if positions == "original":
+        position_ids = plan.apply(prompt.position_ids, merged_positions if most else None)
+    else:
+        position_ids = compact_positions(plan.valid, plan.source)
+    no_column = prompt.columns.new_full((batch, most), -1)
+    columns = plan.apply(prompt.columns, no_column if most else None)
+    if plan.valid is not None:
+        columns = columns.masked_fill(~plan.valid, -1)
+    hidden = plan.apply(hidden, merged if most else None)
+    rater_columns = plan.destination.gather(1, prompt.rater_columns).clamp(0, hidden.shape[1] - 1)
+    return hidden, Prompt(plan.valid, plan.lengths, position_ids, columns, last, groups, rater_columns, prompt.raters)
+
+
+def _next_group(r: Reduction, destination: Tensor, inserted: Tensor | None) -> VisualGroup:
+    """The group after its reduction: where its visual tokens now are."""
+    group = r.group
+    columns = group.take(destination).gather(1, group.columns.gather(1, r.kept))
+    numbers = group.numbers.gather(1, r.kept)
+    if r.merged_count:
+        assert inserted is not None
+        new = group.next_number + torch.arange(r.merged_count, device=columns.device)
+        columns = torch.cat([columns, group.take(inserted)[:, : r.merged_count]], dim=1)
+        numbers = torch.cat([numbers, new.expand(len(group.rows), -1)], dim=1)
+    return VisualGroup(group.rows, group.index, group.images, columns, numbers, group.next_number + r.merged_count)
+
+
+def record_stage(layer: int, reductions: Sequence[Reduction], batch: int) -> Selection:
+    """The stage as `Selection` describes it, padded where groups differ."""
+    device = reductions[0].scores.device if reductions else "cpu"
+    widths = [
+        max((x.shape[1] for x in column), default=0)
+        for column in ([r.kept for r in reductions], [r.scores for r in reductions])
+    ]
+    numbers = max((r.group.next_number for r in reductions), default=0)
+    kept = torch.full((batch, widths[0]), -1, dtype=torch.int64, device=device)
+    scores = torch.full((batch, widths[1]), -torch.inf, device=device)
+    merge_map = torch.full((batch, numbers), -1, dtype=torch.int64, device=device)
+    merges = False
+    for r in reductions:
+        group = r.group
+        own = group.numbers.gather(1, r.kept)
+        kept = group.put(kept, nn.functional.pad(own, (0, widths[0] - own.shape[1]), value=-1))
+        wide = nn.functional.pad(r.scores.to(scores.dtype), (0, widths[1] - r.scores.shape[1]), value=-torch.inf)
+        scores = group.put(scores, wide)
+        if r.merged_into is not None:
+            merges = True
+            into = torch.where(r.merged_into >= 0, r.merged_into + group.next_number, -1)
+            merge_map = group.put(merge_map, group.take(merge_map).scatter(1, group.numbers, into))
+    return Selection(layer, kept, scores, merge_map if merges else None)
+
+
+def stage_by_prompt(selection: Selection, images: list[int], patches: int) -> Selection:
+    """The stage of a tower, a row per image, as a stage of the prompts, a row per prompt."""
+    most = max(images)
+    device = selection.kept.device
+    starts = [sum(images[:row]) for row in range(len(images))]
+    index = torch.tensor(
+        [[s + min(i, max(n - 1, 0)) for i in range(most)] for s, n in zip(starts, images, strict=True)]
+    )
+    index = index.clamp(max=selection.kept.shape[0] - 1).to(device)
+    there = torch.tensor([[i < n for i in range(most)] for n in images], device=device)[..., None]
+    totals = torch.tensor(images, device=device)[:, None, None] * patches
+    order = torch.arange(most, device=device)[:, None]
+
+    kept = torch.where(there, selection.kept[index] + order * patches, -1).flatten(1)
+    scores = torch.where(there, selection.scores[index], -torch.inf).flatten(1)
+    merge_map = None
+    if selection.merge_map is not None:
+        into = selection.merge_map[index] - patches
+        merged = int(selection.merge_map.max()) - patches + 1
+        merge_map = torch.where(there & (into >= 0), into + totals + order * merged, -1).flatten(1)
+    return Selection(selection.layer, kept, scores, merge_map)
