@@ -52,12 +52,11 @@ class LoadedModel:
             ValueError: for an unknown method or an invalid budget.
         """
         check_methods([method])
-        name = None if method == DENSE else method
-        settings = {} if name is None else {"budget": budget}
+        given = (None, None) if method == DENSE else (method, budget)
         if hasattr(self.model, "set_sparsity"):
-            self.model.set_sparsity(name, **settings)
+            self.model.set_sparsity(*given)
             return self.model
-        return self.model if name is None else llava_sparse.sparsify(self.model, name, **settings)
+        return self.model if method == DENSE else llava_sparse.sparsify(self.model, *given)
 
 
 def check_methods(methods: list[str]) -> None:

@@ -14,8 +14,10 @@ from rich.table import Table
 
 import llava_sparse
 from llava_sparse.metrics.pope.pope import Pope, parse_answer
+from llava_sparse.reference import CHECKPOINT
 
 from .data import SPLITS
+from .models import LoadedModel
 
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
@@ -54,7 +56,7 @@ def score(dataset: datasets.Dataset, texts: list[str]) -> dict[str, Any]:
     return {"splits": splits, "average": average, "answers": answers}
 
 
-def question_counts(dataset: datasets.Dataset) -> dict[str, Any]:
+def count_questions(dataset: datasets.Dataset) -> dict[str, Any]:
     """Questions of each split, all of which are scored, and the distinct (image, question) pairs that are asked."""
     categories = list(dataset["category"])
     pairs = set(zip(dataset["image_source"], dataset["question"], strict=True))
@@ -64,6 +66,16 @@ def question_counts(dataset: datasets.Dataset) -> dict[str, Any]:
         "asked": len(pairs),
         "images": len({image for image, _ in pairs}),
         "note": "Each distinct (image, question) pair is asked once; its answer is scored in every split that has it.",
+    }
+
+
+def describe_model(loaded: LoadedModel) -> dict[str, Any]:
+    """Name and settings of a model."""
+    return {
+        "model": "reference" if loaded.name == str(CHECKPOINT) else loaded.name,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device),
+        "attn_implementation": loaded.model.config._attn_implementation,
     }
 
 
@@ -94,15 +106,24 @@ def versions() -> dict[str, str]:
     }
 
 
+def check_output(path: str | Path) -> None:
+    """Checks, before anything is computed, that results can be written to a file.
+
+    Raises:
+        OSError: if the folder does not exist, or the path is a folder.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise OSError(f"{path}: results cannot be written there; a file in a folder that exists is allowed.")
+
+
 def write_results(results: dict[str, Any], path: str | Path) -> None:
     """Writes results as JSON, replacing the file in one step.
 
     Raises:
-        OSError: if the folder does not exist or cannot be written to.
+        OSError: if it cannot be written.
     """
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise OSError(f"{path}: a file in a folder that exists is allowed.")
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .data import load_pope
 from .models import DENSE, LoadedModel, check_methods, load_model
-from .report import describe_method, question_counts, score, versions, write_results
+from .report import check_output, count_questions, describe_method, describe_model, score, versions, write_results
 
 MAX_NEW_TOKENS = 16
 
@@ -75,7 +75,7 @@ def answer_questions(
         batch = order[begin : begin + batch_size]
         images = [encoded(source, first_row[source]) for source, _ in batch]
         prompts = [
-            prompt.format(question=question).replace(processor.image_token, processor.image_token * placeholders)
+            prompt.replace(processor.image_token, processor.image_token * placeholders).replace("{question}", question)
             for (_, question), (_, placeholders) in zip(batch, images, strict=True)
         ]
         text = processor.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
@@ -155,16 +155,18 @@ def evaluate_pope(
     limit: int | None = None,
     output: str | Path | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    **loading: Any,
 ) -> dict[str, Any]:
     """Evaluates methods on POPE, one after the other on the same weights.
 
     Args:
-        model: a loaded model, or what `load_model` takes; None for the embedded reference model.
+        model: a loaded model, or the name that `load_model` takes; None for the embedded reference model.
         dataset, limit: as for `load_pope`.
         methods: names of `llava_sparse.list_methods()`, and `"dense"`.
         budget: visual tokens retained, for all methods but dense.
         output: a JSON file, written anew after every method, so that a later failure loses nothing.
         on_progress: called with the method, the questions answered and the questions in all.
+        loading: dtype, device and attn_implementation for `load_model`.
 
     Returns:
         what `output` holds: settings, versions, questions, and for every method its scores and every answer. Scores
@@ -178,31 +180,21 @@ def evaluate_pope(
     check_methods(methods)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: a positive number is allowed.")
+    if output is not None:
+        check_output(output)
     questions = load_pope(dataset, limit)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, **loading)
     for method in methods:
         loaded.with_method(method, budget)
+
     prompt = loaded.prompt(short_answer=True)
+    run = {"dataset": str(dataset), "methods": methods, "budget": budget, "limit": limit, "batch_size": batch_size}
     results: dict[str, Any] = {
-        "settings": {
-            "model": loaded.name,
-            "dataset": str(dataset),
-            "methods": methods,
-            "budget": budget,
-            "limit": limit,
-            "batch_size": batch_size,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "device": str(loaded.model.device),
-            "attn_implementation": loaded.model.config._attn_implementation,
-            "prompt": prompt,
-            "max_new_tokens": MAX_NEW_TOKENS,
-        },
+        "settings": {**describe_model(loaded), **run, "prompt": prompt, "max_new_tokens": MAX_NEW_TOKENS},
         "versions": versions(),
-        "questions": question_counts(questions),
+        "questions": count_questions(questions),
         "methods": [],
     }
-    if output is not None:
-        write_results(results, output)
     for method in methods:
         pruned = loaded.with_method(method, budget)
         progress = None if on_progress is None else partial(on_progress, method)
