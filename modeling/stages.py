@@ -106,10 +106,11 @@ def reduce_group(
         return Reduction(group, scores, kept, None, None, None)
     merged, assignment = outcome
     member = assignment[:, None] == torch.arange(merged.shape[1], device=merged.device)[:, None]
+    # Halves round up: padding, which shifts all positions of a row, must not change where a mean falls.
     positions = group.take(position_ids).gather(1, columns).float()
     mean_position = (member * positions[:, None]).sum(-1) / member.sum(-1).clamp(min=1)
     into = torch.full_like(order, -1).scatter(1, dropped, assignment)
-    return Reduction(group, scores, kept, merged, mean_position.round().long(), into)
+    return Reduction(group, scores, kept, merged, mean_position.add(0.5).floor().long(), into)
 
 
 def apply_reductions(
