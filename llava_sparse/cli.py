@@ -9,7 +9,7 @@ import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 log = Console(stderr=True)
+INTERRUPTED = 130
 
 Model = Annotated[str | None, typer.Option(help="Hub id or folder of a LLaVA; the reference model if left out.")]
 Budget = Annotated[int, typer.Option(help="Visual tokens retained, as the papers' tables count.")]
@@ -132,13 +133,16 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     try:
-        sys.exit(app(given, prog_name="llava-sparse", standalone_mode=False) or 0)
+        code = app(given, prog_name="llava-sparse", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        code = INTERRUPTED
     except Exception as error:
         if debug:
             traceback.print_exc()
         _fail(_one_line(error), getattr(error, "exit_code", 1))
+    if code == INTERRUPTED:
+        _fail("interrupted", code)
+    sys.exit(code)
 
 
 def _one_line(error: Exception) -> str:
@@ -150,7 +154,7 @@ def _one_line(error: Exception) -> str:
     return text if expected else f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"llava-sparse: error: {message}", file=sys.stderr)
     sys.exit(code)
 

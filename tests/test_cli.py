@@ -1,0 +1,157 @@
+"""The command line: output, and errors of one line."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+import transformers
+
+from llava_sparse import cli, evaluation
+from llava_sparse.reference import CHECKPOINT, SCENES
+
+PICTURE = str(SCENES / "images" / "scene_000001.jpg")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    modules = [library.utils.logging for library in (transformers, huggingface_hub, datasets)]
+    levels = [module.get_verbosity() for module in modules]
+    yield
+    for module, level in zip(modules, levels, strict=True):
+        module.set_verbosity(level)
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command; returns exit code, stdout and stderr."""
+
+    def runner(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(argument) for argument in arguments])
+        return exit.value.code, *capsys.readouterr()
+
+    return runner
+
+
+@pytest.mark.parametrize("command", [[], ["pope"], ["ask"], ["methods"]])
+def test_help_has_an_example(run, command):
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert f"Example: llava-sparse {' '.join(command)}" in out
+
+
+def test_methods(run):
+    code, out, err = run("methods")
+    assert (code, err) == (0, "")
+    for text in ("visionzip (encoder)", "sparsevlm (decoder)", "version='1.5'", "arXiv 2412.04467", "arXiv 2410.04417"):
+        assert text in out
+
+
+@pytest.mark.parametrize("method", ["dense", "visionzip", "sparsevlm"])
+def test_ask(run, method):
+    for thing, answer in (("dog", "Yes"), ("pizza", "No")):
+        arguments = ("ask", PICTURE, f"Is there a {thing} in the image?", "--method", method)
+        assert run(*arguments) == (0, f"{answer}\n", "")
+
+
+def test_pope(run, tmp_path):
+    output = tmp_path / "results.json"
+    arguments = ("--methods", "dense,visionzip", "--budget", 32, "--limit", 4, "--batch-size", 6, "--output", output)
+    code, out, err = run("pope", *arguments)
+    assert code == 0
+    for text in ("method", "visual tokens", "F1", "yes ratio", "questions/s", "random", "adversarial", "average"):
+        assert text in out
+    assert "Questions scored: random 4, popular 4, adversarial 4." in out
+    assert str(output) in err
+    results = json.loads(output.read_text())
+    assert [entry["method"] for entry in results["methods"]] == ["dense", "visionzip"]
+    assert (results["settings"]["limit"], results["settings"]["batch_size"]) == (4, 6)
+    assert results["methods"][1]["visual_tokens"] == 32
+
+
+def test_pope_on_a_folder(run):
+    code, out, _ = run("pope", "--dataset", SCENES, "--model", CHECKPOINT, "--methods", "visionzip", "--limit", 2)
+    assert code == 0
+    assert "visionzip" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (["pope", "--methods", "dense,vision-zip"], 1, "'vision-zip' is unknown (did you mean 'visionzip'?)"),
+        (["pope", "--budget", "0", "--limit", "1"], 1, "sparse_budget=0: an integer from 1 to 576"),
+        (["pope", "--budget", "many"], 2, "Invalid value for '--budget'"),
+        (["pope", "--limit", "0"], 2, "Invalid value for '--limit'"),
+        (["pope", "--dataset", "no-such-folder"], 1, "no-such-folder: no such folder; a dataset is 'reference'"),
+        (["pope", "--dataset", "lmms-lab/POPE"], 1, "is there a network?"),
+        (["pope", "--model", "no-such-folder", "--limit", "1"], 1, "no such model folder, and no Hub id"),
+        (["pope", "--model", "owner/name", "--limit", "1"], 1, "is there a network?"),
+        (["pope", "--model", str(SCENES), "--limit", "1"], 1, "there is no config.json in it"),
+        (["pope", "--output", "no-such-folder/results.json"], 1, "a file in a folder that exists is allowed"),
+        (["pope", "--dtype", "half", "--limit", "1"], 1, "dtype 'half' is unknown"),
+        (["pope", "--attn-implementation", "magic", "--limit", "1"], 1, "magic"),
+        (["ask", "no-such-file.jpg", "Is there a dog?"], 1, "no-such-file.jpg: no such file."),
+        (["ask", __file__, "Is there a dog?"], 1, "this is not an image that can be read"),
+        (["ask", PICTURE], 2, "Missing argument 'question'"),
+        (["ask", PICTURE, "Is there a dog?", "--method", "sparse-vlm"], 1, "did you mean 'sparsevlm'?"),
+        (["ask", PICTURE, "Is there a dog?", "--budget", "1000"], 1, "sparse_budget=1000"),
+        (["ask", PICTURE, "Is there a dog in this <image>?"], 1, "<image>"),
+        (["answer"], 2, "No such command 'answer'"),
+        (["pope", "--metods", "dense"], 2, "--metods"),
+    ],
+    ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else "",
+)
+def test_errors_are_one_line(run, command, code, message):
+    exit_code, out, err = run(*command)
+    assert (exit_code, out) == (code, "")
+    assert message in err
+    assert err.startswith("llava-sparse: error: ")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("position", [0, 1, 3])
+def test_debug_shows_the_traceback(run, position):
+    command = ["pope", "--methods", "vision-zip"]
+    code, _, err = run(*command[:position], "--debug", *command[position:])
+    assert code == 1
+    assert err.startswith("Traceback (most recent call last)")
+    assert err.splitlines()[-1].startswith("llava-sparse: error: method 'vision-zip'")
+
+
+def test_errors_of_our_own_making_name_their_type(run, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate_pope", lambda *a, **k: {}["surprise"])
+    assert run("pope") == (1, "", "llava-sparse: error: KeyError: 'surprise' (--debug shows where)\n")
+
+
+def test_interruption(run, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate_pope", interrupt)
+    assert run("pope") == (130, "", "llava-sparse: error: interrupted\n")
+
+
+def test_help_imports_nothing_heavy():
+    tree = ast.parse(Path(cli.__file__).read_text(encoding="utf-8"))
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in tree.body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
+    assert imported <= sys.stdlib_module_names | {"typer", "rich"}
+
+
+def test_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_sparse.cli", "ask", "no-such-file.jpg", "What?"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "llava-sparse: error: no-such-file.jpg: no such file.\n"
