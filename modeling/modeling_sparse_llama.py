@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rows import TAP, RowTap, row_probabilities, watch
@@ -147,7 +148,7 @@ class PrunedDecoderMixin:
             prompt = open_prompt(layout, sparsifier, inputs_embeds, position_ids, tokens_per_image)
             attention_mask = layout.valid
 
-        elif attention_mask is not None and bool(attention_mask.all()):
+        elif attention_mask is not None and not is_torchdynamo_compiling() and bool(attention_mask.all()):
             attention_mask = None
 
         hidden = inputs_embeds
@@ -203,7 +204,7 @@ class PrunedDecoderMixin:
     ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         """Masks and rotary tables of new tokens for a run of layers that holds a shortened prompt."""
         batch, new, _ = hidden.shape
-        total = int(cache.get_seq_length(first)) + new
+        total = prompt.total(attention_mask, cache, first, new)
         mask = prompt.mask_with(attention_mask, total)
         if prompt.positions == "compact":
             position_ids = compact_positions(mask, hidden.new_empty(batch, total, 0), newest=new)

@@ -108,7 +108,7 @@ def drop_surplus(
 def translate(inputs: DecoderInputs, prompt: ShortenedPrompt, cache: Any) -> DecoderInputs:
     """Mask and positions of new tokens in terms of the tokens that layer 0 holds: `prompt` and what followed it."""
     batch, new, _ = inputs.embeds.shape
-    total = int(cache.get_seq_length()) + new
+    total = prompt.total(inputs.attention_mask, cache, 0, new)
     mask = prompt.mask_with(inputs.attention_mask, total)
     positions = compact_positions(mask, inputs.embeds.new_empty(batch, total, 0), newest=new)
     return replace(inputs, attention_mask=mask, position_ids=positions)

@@ -54,6 +54,14 @@ class ShortenedPrompt:
         prompt = new.new_ones(new.shape[0], self.held) if self.mask is None else self.mask.to(new.device)
         return torch.cat([prompt, new], dim=1)
 
+    def total(self, attention_mask: Tensor | None, cache: Any, layer: int, new: int) -> int:
+        """Tokens that cache layer `layer` holds once the `new` ones are in it."""
+        length = cache.get_seq_length(layer)
+        if torch.is_tensor(length) and attention_mask is not None:
+            # A static cache counts on the device; the mask's shape says the same without waiting for it.
+            return self.held + attention_mask.shape[1] - self.length
+        return int(length) + new
+
     def select(self, rows: Tensor) -> ShortenedPrompt:
         return self if self.mask is None else replace(self, mask=self.mask[rows.to(self.mask.device)])
 

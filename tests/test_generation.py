@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from transformers import DynamicCache, TextIteratorStreamer, pipeline
+from transformers import CompileConfig, DynamicCache, TextIteratorStreamer, pipeline
 
 import llava_sparse
 
@@ -321,6 +321,18 @@ def test_static_cache(model, processor, kind):
         pytest.skip("offloading needs a GPU")
     batch = tiny.inputs(processor, tiny.QUESTIONS)
     assert torch.equal(generate(model, batch, cache_implementation=kind), generate(model, batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [tiny.CASES[0], tiny.CASES[2], tiny.CASES[4]], ids=lambda c: c.name)
+def test_static_cache_compiled(model, processor):
+    """What `generate` does on a GPU: decoding steps compiled around a static cache."""
+    compile_config = CompileConfig(backend="eager", mode=None)
+    compile_config._compile_all_devices = True
+    batch = tiny.inputs(processor, tiny.QUESTIONS)
+    torch._dynamo.reset()
+    compiled = generate(model, batch, cache_implementation="static", compile_config=compile_config)
+    assert torch.equal(compiled, generate(model, batch))
 
 
 def test_cache_made_by_the_caller(model, processor):
