@@ -107,8 +107,7 @@ def ask(
         picture = read_picture(image)
         loaded = load_model(model, dtype, device, attn_implementation)
     pruned = loaded.with_method(method, budget)
-    prompt = loaded.prompt(short_answer=False).replace("{question}", question)
-    typer.echo(ask_model(pruned, loaded.processor, picture, prompt))
+    typer.echo(ask_model(pruned, loaded.processor, picture, question, loaded.prompt(short_answer=False)))
 
 
 @app.command(epilog="Example: llava-sparse methods")

@@ -15,6 +15,8 @@ from llava_sparse.modeling.sparsifier import nearest
 from llava_sparse.reference import CHECKPOINT
 
 DENSE = "dense"
+# Stands for the image in a prompt, whatever a tokenizer calls it.
+IMAGE_TOKEN = "<image>"
 MODEL_TYPES = ("llava", "sparse_llava")
 # Published evaluations of LLaVA-1.5 ask for a short answer in these words.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -37,13 +39,13 @@ class LoadedModel:
     knows_short_answer: bool
 
     def prompt(self, short_answer: bool) -> str:
-        """The prompt, `{question}` standing for the question.
+        """The prompt, with `<image>` and `{question}` where they go.
 
         Args:
             short_answer: whether to ask for a single word, as far as the model knows how.
         """
         suffix = SHORT_ANSWER if short_answer and self.knows_short_answer else ""
-        return f"USER: {self.processor.image_token}\n{{question}}{suffix} ASSISTANT:"
+        return f"USER: {IMAGE_TOKEN}\n{{question}}{suffix} ASSISTANT:"
 
     def with_method(self, method: str, budget: int | None = None) -> Any:
         """The model pruned by a method, or dense, on the same weights.
@@ -170,9 +172,30 @@ def read_picture(path: str | Path) -> Image.Image:
         raise ValueError(f"{path}: this is not an image that can be read.") from error
 
 
+def fill_prompt(prompt: str, question: str, image_tokens: str) -> str:
+    """A prompt of `LoadedModel.prompt` with its question, and `image_tokens` in place of the image.
+
+    Raises:
+        ValueError: if the question holds an image token of its own.
+    """
+    if IMAGE_TOKEN in question:
+        raise ValueError(f"question {question!r}: text without {IMAGE_TOKEN} is allowed; the picture is put before it.")
+    return prompt.replace(IMAGE_TOKEN, image_tokens).replace("{question}", question)
+
+
 @torch.inference_mode()
-def ask(model: Any, processor: Any, image: Image.Image, prompt: str, max_new_tokens: int = 128) -> str:
-    """A model's greedy answer to a prompt with one image placeholder."""
-    inputs = processor(images=[image], text=[prompt], return_tensors="pt").to(model.device, model.dtype)
+def ask(model: Any, processor: Any, image: Image.Image, question: str, prompt: str, max_new_tokens: int = 128) -> str:
+    """A model's greedy answer to a question about one image.
+
+    Args:
+        model: dense or pruned.
+        processor: stock or sparse.
+        prompt: as from `LoadedModel.prompt`.
+
+    Raises:
+        ValueError: if the question holds an image token of its own.
+    """
+    text = fill_prompt(prompt, question, processor.image_token)
+    inputs = processor(images=[image], text=[text], return_tensors="pt").to(model.device, model.dtype)
     ids = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()

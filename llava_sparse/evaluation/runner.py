@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .data import load_pope
-from .models import DENSE, LoadedModel, check_methods, load_model
+from .models import DENSE, LoadedModel, check_methods, fill_prompt, load_model
 from .report import check_output, count_questions, describe_method, describe_model, score, versions, write_results
 
 MAX_NEW_TOKENS = 16
@@ -26,7 +26,7 @@ class Answers:
 
     Attributes:
         texts: one answer for every row of the dataset.
-        tokens: visual tokens per decoder layer, on average.
+        tokens: visual tokens per decoder layer, on average over the layers and the first batch.
         distinct: distinct (image, question) pairs, each of which was asked once.
         seconds: time it took, pictures included.
     """
@@ -52,30 +52,31 @@ def answer_questions(
         model: dense or pruned.
         processor: writes a placeholder for every patch.
         dataset: with the columns of `load_pope`.
-        prompt: with `{question}` where the question goes.
+        prompt: as from `LoadedModel.prompt`.
         on_progress: called with the pairs answered and the pairs in all.
 
     Raises:
-        ValueError: if a picture cannot be decoded, naming it.
+        ValueError: for a batch size below 1; if a picture cannot be decoded, naming it; if a question holds an image token.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: a positive number is allowed.")
     pairs = list(zip(dataset["image_source"], dataset["question"], strict=True))
-    rows = {pair: row for row, pair in reversed(list(enumerate(pairs)))}
+    row_of = {source: row for row, (source, _) in enumerate(pairs)}
     # Questions about one picture stand together, so that it is decoded and preprocessed once.
-    order = sorted(rows, key=lambda pair: (pair[0], rows[pair]))
+    order = sorted(dict.fromkeys(pairs), key=lambda pair: pair[0])
     texts: dict[tuple[str, str], str] = {}
     tokens = None
 
     @lru_cache(maxsize=batch_size)
-    def encoded(source: str, row: int) -> tuple[Tensor, int]:
-        return _encode(processor, _picture(dataset, row), model)
+    def encoded(source: str) -> tuple[Tensor, int]:
+        return _encode(processor, _picture(dataset, row_of[source]), model)
 
-    first_row = {source: rows[source, question] for source, question in reversed(order)}
     start, paused = time.perf_counter(), 0.0
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
-        images = [encoded(source, first_row[source]) for source, _ in batch]
+        images = [encoded(source) for source, _ in batch]
         prompts = [
-            prompt.replace(processor.image_token, processor.image_token * placeholders).replace("{question}", question)
+            fill_prompt(prompt, question, processor.image_token * placeholders)
             for (_, question), (_, placeholders) in zip(batch, images, strict=True)
         ]
         text = processor.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
@@ -178,8 +179,6 @@ def evaluate_pope(
     """
     methods = list(methods)
     check_methods(methods)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: a positive number is allowed.")
     if output is not None:
         check_output(output)
     questions = load_pope(dataset, limit)
