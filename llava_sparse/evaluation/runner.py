@@ -56,7 +56,7 @@ def answer_questions(
         on_progress: called with the pairs answered and the pairs in all.
 
     Raises:
-        ValueError: for a batch size below 1; if a picture cannot be decoded, naming it; if a question holds an image token.
+        ValueError: for a batch size below 1, a picture that cannot be decoded, a question with an image token.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: a positive number is allowed.")
