@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import transformers
@@ -30,6 +36,42 @@ class _OnFirstUse:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._load()(*args, **kwargs)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Runs an action once, right after a module has been imported for the first time."""
+
+    def __init__(self, module: str, action: Callable[[], None]) -> None:
+        self.module = module
+        self.action = action
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_act(module: ModuleType) -> None:
+                run(module)
+                self.action()
+
+            spec.loader.exec_module = run_and_act  # type: ignore[method-assign]
+        return spec
+
+
+def _after_import(module: str, action: Callable[[], None]) -> None:
+    """Runs `action` now if `module` is imported, else as soon as it is."""
+    if module in sys.modules:
+        action()
+    elif not any(isinstance(finder, _AfterImport) and finder.module == module for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(module, action))
+
+
+def _register_processor() -> None:
+    processor = _OnFirstUse(".processing.processing_sparse_llava", "SparseLlavaProcessor", SparseLlavaConfig)
+    transformers.AutoProcessor.register(SparseLlavaConfig, processor, exist_ok=True)
 
 
 class LlavaConfigChoice(LlavaConfig):
@@ -66,10 +108,10 @@ def register() -> None:
     modeling = ".modeling.modeling_sparse_llava"
     llava = _OnFirstUse(modeling, "SparseLlavaForConditionalGeneration", SparseLlavaConfig)
     tower = _OnFirstUse(".modeling.modeling_sparse_clip", "SparseCLIPVisionModel", SparseCLIPVisionConfig)
-    processor = _OnFirstUse(".processing.processing_sparse_llava", "SparseLlavaProcessor", SparseLlavaConfig)
     for name in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
         auto = getattr(transformers, name, None)
         if auto is not None:
             auto.register(SparseLlavaConfig, llava, exist_ok=True)
     transformers.AutoModel.register(SparseCLIPVisionConfig, tower, exist_ok=True)
-    transformers.AutoProcessor.register(SparseLlavaConfig, processor, exist_ok=True)
+    # AutoProcessor alone takes as long to import as all the rest.
+    _after_import("transformers.models.auto.processing_auto", _register_processor)

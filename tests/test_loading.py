@@ -272,6 +272,23 @@ def test_feature_layers_and_full_strategy(case, processor):
             torch.testing.assert_close(torch.stack(list(features)), torch.stack(list(expected)))
 
 
+def test_import_is_light():
+    """Importing the package imports no model, no processor and no data library; they are registered all the same."""
+    script = """
+import sys
+import llava_sparse
+heavy = {"transformers.modeling_utils", "transformers.processing_utils", "datasets", "evaluate", "accelerate", "rich"}
+heavy |= {"llava_sparse.modeling.modeling_sparse_llava", "transformers.models.llava.modeling_llava"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+from transformers import AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+assert PROCESSOR_MAPPING[llava_sparse.SparseLlavaConfig].__name__ == "SparseLlavaProcessor"
+"""
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/", env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 HUB_SCRIPT = """
 import sys
 class Blocked:
