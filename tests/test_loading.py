@@ -277,7 +277,7 @@ def test_import_is_light():
     script = """
 import sys
 import llava_sparse
-heavy = {"transformers.modeling_utils", "transformers.processing_utils", "datasets", "evaluate", "accelerate", "rich"}
+heavy = {"transformers.modeling_utils", "transformers.processing_utils", "datasets", "evaluate"}
 heavy |= {"llava_sparse.modeling.modeling_sparse_llava", "transformers.models.llava.modeling_llava"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 from transformers import AutoProcessor
