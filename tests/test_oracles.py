@@ -53,10 +53,23 @@ def near(path: Path, name: str) -> Path:
     raise FileNotFoundError(f"{path.name} names {name}, which is not beside it")
 
 
+LARGEST: dict[str, float] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report():
+    """`pytest -s tests/test_oracles.py` prints the largest difference of each kind."""
+    yield
+    for kind, error in sorted(LARGEST.items(), key=lambda item: -item[1])[:5]:
+        print(f"\n{error:.1e} of the largest magnitude: {kind}", end="")
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} != {tuple(expected.shape)}"
     largest = expected.abs().max().clamp(min=1e-12)
     error = ((actual.double() - expected.double()).abs().max() / largest).item()
+    kind = what.split(".")[-1].split(" after")[0].split(",")[0]
+    LARGEST[kind] = max(LARGEST.get(kind, 0.0), error)
     assert error <= FLOAT_TOLERANCE, f"{what}: off by {error:.2e} of the largest magnitude"
 
 
