@@ -5,6 +5,7 @@ Commands import what they need when they run: torch and transformers take second
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext
@@ -59,7 +60,7 @@ def pope(
                 tasks[method] = progress.add_task(method)
             progress.update(tasks[method], completed=done, total=total)
 
-        _quiet()
+        _prepare()
         from .evaluation import evaluate_pope, table
 
         results = evaluate_pope(
@@ -98,7 +99,7 @@ def ask(
 ) -> None:
     """Ask a model about one picture."""
     with _status("loading"):
-        _quiet()
+        _prepare()
         from .evaluation import ask as ask_model
         from .evaluation import load_model
         from .evaluation.models import check_methods, read_picture
@@ -163,16 +164,28 @@ def _status(text: str) -> AbstractContextManager[object]:
     return log.status(text) if log.is_terminal else nullcontext()
 
 
-def _quiet() -> None:
-    """Leaves the screen to our own progress and messages."""
+def _prepare() -> None:
+    """Leaves the screen to our own progress and messages, and busy cores to others."""
     import datasets
     import huggingface_hub
+    import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "getloadavg"):
+        torch.set_num_threads(_threads(torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]))
+
+
+def _threads(wanted: int, cores: int, load: float) -> int:
+    """As many threads as there are free cores, half of those wanted at least.
+
+    Threads of PyTorch's OpenMP spin while they wait for each other: where they have to share their cores with others,
+    two can be several times slower than one.
+    """
+    return max(1, wanted // 2, min(wanted, round(cores - load)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
+import torch
 import transformers
 
 from llava_sparse import cli, evaluation
@@ -20,13 +21,15 @@ PICTURE = str(SCENES / "images" / "scene_000001.jpg")
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_before():
+def _process_as_before():
     modules = [library.utils.logging for library in (transformers, huggingface_hub, datasets)]
+    threads = torch.get_num_threads()
     levels = [module.get_verbosity() for module in modules]
     yield
     for module, level in zip(modules, levels, strict=True):
         module.set_verbosity(level)
     transformers.utils.logging.enable_progress_bar()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -137,6 +140,14 @@ def test_interruption(run, monkeypatch):
 
     monkeypatch.setattr(evaluation, "evaluate_pope", interrupt)
     assert run("pope") == (130, "", "llava-sparse: error: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cores", "load", "threads"),
+    [(2, 2, 0.3, 2), (2, 2, 1.0, 1), (2, 2, 9.0, 1), (8, 16, 1.0, 8), (8, 8, 2.6, 5), (8, 8, 50.0, 4), (1, 1, 3.0, 1)],
+)
+def test_busy_cores_are_left_to_others(wanted, cores, load, threads):
+    assert cli._threads(wanted, cores, load) == threads
 
 
 def test_help_imports_nothing_heavy():

@@ -51,6 +51,7 @@ def test_settings_and_versions(results):
         "model": "reference",
         "dtype": "float32",
         "device": "cpu",
+        "threads": torch.get_num_threads(),
         "attn_implementation": "sdpa",
         "dataset": "reference",
         "methods": METHODS,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from rich.table import Table
 
 import llava_sparse
@@ -75,6 +76,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "model": "reference" if loaded.name == str(CHECKPOINT) else loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
+        "threads": torch.get_num_threads(),
         "attn_implementation": loaded.model.config._attn_implementation,
     }
 
