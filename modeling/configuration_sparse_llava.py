@@ -100,18 +100,21 @@ class SparseFieldsMixin:
 def merge_sparse_fields(config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Moves `sparse_*` keywords from `kwargs` into a copy of `config_dict`.
 
-    A new method drops all settings of the old one; a new budget drops the budgets that the old one stood for.
+    A new method drops all settings of the old one. Layers and budgets that a saved `sparse_budget` stood for are
+    expanded anew where a keyword changes what they follow from; those that were given by hand stay.
     """
     given = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("sparse_")}
     merged = dict(config_dict)
     if "sparse_method" in given and given["sparse_method"] != merged.get("sparse_method"):
         merged.update(dict.fromkeys(FIELDS))
-    if {"sparse_budget", "sparse_layers", "sparse_options"} & given.keys():
-        merged.pop("sparse_budgets", None)
-    if "sparse_options" in given:
-        merged.pop("sparse_layers", None)
+    given = {name: value for name, value in given.items() if value is not None or name == "sparse_method"}
     if "sparse_budgets" in given and "sparse_budget" not in given:
         merged.pop("sparse_budget", None)
+    expanded = "sparse_budget" in given or merged.get("sparse_budget") is not None
+    if expanded and {"sparse_budget", "sparse_layers", "sparse_options"} & given.keys():
+        merged.pop("sparse_budgets", None)
+    if expanded and "sparse_options" in given:
+        merged.pop("sparse_layers", None)
     return {**merged, **given}
 
 

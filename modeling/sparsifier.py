@@ -65,7 +65,7 @@ def check_counts(field: str, values: object, low: int, high: int, length: int | 
     Raises:
         ValueError: naming the field, the value and what is allowed.
     """
-    size = "a list" if length is None else f"a list of {length}"
+    size = "a list of" if length is None else f"a list of {length}"
     entries = list(values) if isinstance(values, list | tuple) else None
     if (
         not entries

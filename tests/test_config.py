@@ -185,6 +185,18 @@ def test_keywords_replace_what_was_saved(tmp_path):
     assert dense.sparse_method is None and dense.sparse_budgets is None
 
 
+def test_settings_given_by_hand_survive_other_keywords(tmp_path):
+    SparseLlavaConfig(sparse_method="visionzip", sparse_budgets=[20, 4]).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, sparse_layers=[-3]).sparse_budgets == [20, 4]
+    assert AutoConfig.from_pretrained(tmp_path, sparse_budget=None).sparse_budgets == [20, 4]
+    sparse = SparseLlavaConfig(sparse_method="sparsevlm", sparse_budget=64)
+    sparse.save_pretrained(tmp_path)
+    other = AutoConfig.from_pretrained(tmp_path, sparse_options={"version": "2.0"})
+    assert (other.sparse_layers, other.sparse_budgets) == ([2, 6, 15], [66, 34, 20])
+    fewer = AutoConfig.from_pretrained(tmp_path, sparse_layers=[4, 8])
+    assert (fewer.sparse_layers, fewer.sparse_budgets) == ([4, 8], [30, 17])
+
+
 def test_a_plain_llava_configuration_is_transformers_own(tmp_path):
     LlavaConfig().save_pretrained(tmp_path)
     for config in (AutoConfig.from_pretrained(tmp_path), AutoConfig.for_model("llava")):
