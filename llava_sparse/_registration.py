@@ -74,7 +74,12 @@ def _register_processor() -> None:
     transformers.AutoProcessor.register(SparseLlavaConfig, processor, exist_ok=True)
 
 
-class LlavaConfigChoice(LlavaConfig):
+class _LooksLikeLlavaConfig(type(LlavaConfig)):  # type: ignore[misc]
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, LlavaConfig)
+
+
+class LlavaConfigChoice(LlavaConfig, metaclass=_LooksLikeLlavaConfig):
     """What `model_type: llava` stands for: `SparseLlavaConfig` where a `sparse_*` setting is given, else `LlavaConfig`.
 
     Never instantiated: both ways of making one return an instance of the class that is meant.
@@ -97,13 +102,24 @@ def _chosen(*settings: dict[str, Any]) -> Any:
     return SparseLlavaConfig if given else LlavaConfig
 
 
+def _no_method(config: LlavaConfig) -> None:
+    """A plain LLaVA can be asked for its method too. It is no field, and never saved."""
+
+
+def _refuse_method(config: LlavaConfig, method: str | None) -> None:
+    if method is not None:
+        raise ValueError(
+            f"sparse_method={method!r}: a stock LLaVA class is dense. Load with AutoModelForImageTextToText or "
+            "llava_sparse.SparseLlavaForConditionalGeneration, or use llava_sparse.sparsify."
+        )
+
+
 def register() -> None:
     """Registers configurations, models and processor with the Auto classes; calling it again changes nothing."""
     AutoConfig.register("sparse_llava", SparseLlavaConfig, exist_ok=True)
     AutoConfig.register("sparse_clip_vision_model", SparseCLIPVisionConfig, exist_ok=True)
     CONFIG_MAPPING.register("llava", LlavaConfigChoice, exist_ok=True)
-    # A plain LLaVA can be asked for its method too; a class attribute is no field and is never saved.
-    LlavaConfig.sparse_method = None
+    LlavaConfig.sparse_method = property(_no_method, _refuse_method)
 
     modeling = ".modeling.modeling_sparse_llava"
     llava = _OnFirstUse(modeling, "SparseLlavaForConditionalGeneration", SparseLlavaConfig)

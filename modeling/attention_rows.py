@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .sparsifier import to_float
+from .sparsifier import exact, to_float
 
 TAP = "row_tap"
 
@@ -99,8 +99,9 @@ def row_probabilities(
         `(batch, heads, rows, n or length)`.
     """
     batch, heads, rows, head_dim = query.shape
-    groups = to_float(query).reshape(batch, key.shape[1], -1, head_dim)
-    logits = (groups @ to_float(key).transpose(2, 3) * scaling).view(batch, heads, rows, -1)
+    with exact(query):
+        groups = to_float(query).reshape(batch, key.shape[1], -1, head_dim)
+        logits = (groups @ to_float(key).transpose(2, 3) * scaling).view(batch, heads, rows, -1)
     if visible is not None:
         logits = logits.masked_fill(~visible[:, None], torch.finfo(logits.dtype).min)
     normaliser = logits.logsumexp(-1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 from transformers import CLIPVisionConfig, LlavaConfig
@@ -57,6 +58,8 @@ def _check_parts(method: type[Sparsifier], name: str, vision: Any, text: Any, fe
             f"sparse_method={name!r} reduces the features of one layer; this model's projector takes those of several "
             f"(vision_feature_layer={list(feature_layer)})."
         )
+    elif feature_layer in (0, [0]):
+        raise ValueError(f"sparse_method={name!r} needs the attention of a layer; vision_feature_layer=0 is none.")
 
 
 class SparseFieldsMixin:
@@ -90,32 +93,43 @@ class SparseFieldsMixin:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', with `sparse_*` keywords in place of what a checkpoint holds of the same method."""
-        config_dict = merge_sparse_fields(config_dict, kwargs)
+        config_dict = merge_sparse_fields(cls, config_dict, kwargs)
         # A stock checkpoint names the stock type, by which transformers would look up the names of the weights.
         if config_dict.pop("model_type", cls.model_type) != cls.model_type:
             config_dict.pop("architectures", None)
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
 
-def merge_sparse_fields(config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+def merge_sparse_fields(config_class: Any, config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Moves `sparse_*` keywords from `kwargs` into a copy of `config_dict`.
 
-    A new method drops all settings of the old one. Layers and budgets that a saved `sparse_budget` stood for are
-    expanded anew where a keyword changes what they follow from; those that were given by hand stay.
+    A new method drops all settings of the old one. Layers and budgets that the saved settings expand to anyway are
+    expanded anew from the new ones; those that were given by hand stay.
     """
     given = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("sparse_")}
     merged = dict(config_dict)
     if "sparse_method" in given and given["sparse_method"] != merged.get("sparse_method"):
         merged.update(dict.fromkeys(FIELDS))
     given = {name: value for name, value in given.items() if value is not None or name == "sparse_method"}
-    if "sparse_budgets" in given and "sparse_budget" not in given:
-        merged.pop("sparse_budget", None)
-    expanded = "sparse_budget" in given or merged.get("sparse_budget") is not None
-    if expanded and {"sparse_budget", "sparse_layers", "sparse_options"} & given.keys():
-        merged.pop("sparse_budgets", None)
-    if expanded and "sparse_options" in given:
-        merged.pop("sparse_layers", None)
+    if given and merged.get("sparse_method") is not None:
+        if "sparse_budgets" in given and "sparse_budget" not in given:
+            merged.pop("sparse_budget", None)
+        for name, also in (("sparse_budgets", {}), ("sparse_layers", {"sparse_budgets": None})):
+            if _is_expansion(config_class, config_dict, name, also):
+                merged.pop(name, None)
+        if "sparse_budget" in given:
+            merged.pop("sparse_budgets", None)
     return {**merged, **given}
+
+
+def _is_expansion(config_class: Any, saved: dict[str, Any], name: str, also: dict[str, Any]) -> bool:
+    """Whether a saved field is what the others expand to, and not a choice of its own."""
+    trial = {**copy.deepcopy(saved), **also, name: None}
+    trial.pop("model_type", None)
+    try:
+        return getattr(config_class(**trial), name) == saved.get(name)
+    except ValueError:
+        return False
 
 
 class SparseCLIPVisionConfig(SparseFieldsMixin, CLIPVisionConfig):

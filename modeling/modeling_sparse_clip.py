@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rows import TAP, RowTap, row_probabilities, watch
 from .configuration_sparse_llava import SparseCLIPVisionConfig, build_sparsifier
-from .sparsifier import EncoderSparsifier, Selection
+from .sparsifier import EncoderSparsifier, Selection, exact
 
 
 @dataclass
@@ -101,7 +101,8 @@ class SparseCLIPVisionModel(CLIPVisionModel):
             return SparseCLIPVisionOutput(last_hidden_state=torch.cat([outputs[d] for d in depths], dim=-1))
 
         cls_attention = row_probabilities(tap.query, tap.key, layers[used].self_attn.scale)[:, :, 0, 1:]
-        features, kept, scores, merged = sparsifier.reduce(hidden, cls_attention, tap.key)
+        with exact(hidden):
+            features, kept, scores, merged = sparsifier.reduce(hidden, cls_attention, tap.key)
         selection = None
         if output_selection:
             merge_map = None if merged is None else torch.where(merged >= 0, merged + scores.shape[1], -1)

@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rows import TAP, RowTap, row_probabilities, watch
 from .pruned_cache import ShortenedPrompt, remember, remembered
-from .sparsifier import DecoderSparsifier, RaterAttention, Selection
+from .sparsifier import DecoderSparsifier, RaterAttention, Selection, exact
 from .stages import Prompt, apply_reductions, open_prompt, record_stage, reduce_group
 from .token_layout import PromptLayout, VisualGroup, compact_positions
 
@@ -30,7 +30,7 @@ class SparseDecoderOutput(BaseModelOutputWithPast):
 
     Attributes:
         columns: `(batch, new_length)` int64, the prompt column of each row of `last_hidden_state`, -1 for merged
-            tokens and padding; None where nothing was dropped.
+            tokens, -2 for padding; None where nothing was dropped.
         selection: the stages, if they were asked for.
     """
 
@@ -252,7 +252,7 @@ class PrunedDecoderMixin:
             if not group.columns.shape[1]:
                 continue
             attention = self._rater_attention(layer, tap, prompt, group)
-            with torch.no_grad():
+            with torch.no_grad(), exact(hidden):
                 scores = sparsifier.scores(attention)
                 counts = sparsifier.counts(stage, group.images, attention)
             for count in sorted(set(counts)):

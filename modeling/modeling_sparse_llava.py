@@ -26,7 +26,7 @@ from .placeholders import DecoderInputs, insert_features, newest_mask, translate
 from .pruned_cache import remember, remembered, surplus
 from .sparsifier import DecoderSparsifier, EncoderSparsifier, Selection, Sparsifier
 from .stages import stage_by_prompt
-from .token_layout import PromptLayout
+from .token_layout import PADDING, PromptLayout
 
 IGNORED_LABEL = -100
 
@@ -49,8 +49,8 @@ class SparseLlavaModelOutput(LlavaModelOutputWithPast):
     """Adds to the stock output.
 
     Attributes:
-        columns: `(batch, new_length)` int64, the input column of each row of `last_hidden_state`, -1 for merged tokens
-            and padding; None where nothing was dropped.
+        columns: `(batch, new_length)` int64, the input column of each row of `last_hidden_state`, -1 for merged
+            tokens, -2 for padding; None where nothing was dropped.
         selection: the stages, one `Selection` each, if they were asked for.
     """
 
@@ -92,11 +92,14 @@ class SparseLlavaModel(LlavaModel):
         self.post_init()
 
     @property
+    def patches_per_image(self) -> int:
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2
+
+    @property
     def dense_tokens_per_image(self) -> int:
         """Placeholders that a stock processor writes for an image."""
-        vision = self.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        return patches + (self.config.vision_feature_select_strategy == "full")
+        return self.patches_per_image + (self.config.vision_feature_select_strategy == "full")
 
     @can_return_tuple
     def get_image_features(
@@ -158,6 +161,7 @@ class SparseLlavaModel(LlavaModel):
             visual_mask: `(batch, length)` bool, which rows of `inputs_embeds` are visual tokens, for embeddings that
                 hold image features already; not together with `pixel_values`.
             output_selection: whether to return the stages.
+            position_ids: where placeholders are left over and dropped, positions are counted anew from the mask.
 
         Raises:
             ValueError: if placeholders and images do not match, naming the counts that would.
@@ -198,14 +202,16 @@ class SparseLlavaModel(LlavaModel):
                 **features_from,
                 return_dict=True,
             )
-            features = torch.stack(outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            features = _stacked(outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
             layout = PromptLayout.of(
                 self._placeholders(input_ids, inputs_embeds), newest_mask(attention_mask, inputs_embeds.shape[1])
             )
-            dense_tokens = self.dense_tokens_per_image
+            is_encoder = isinstance(self.sparsifier, EncoderSparsifier)
+            dense_tokens = self.dense_tokens_per_image if is_encoder else features.shape[1]
             inputs, layout, images = insert_features(inputs, layout, features, dense_tokens, past_key_values)
             stages = tuple(
-                stage_by_prompt(stage, images, dense_tokens) for stage in getattr(outputs, "selection", None) or ()
+                stage_by_prompt(stage, images, self.patches_per_image)
+                for stage in getattr(outputs, "selection", None) or ()
             )
         elif visual_mask is not None:
             layout = PromptLayout.of(visual_mask, newest_mask(attention_mask, inputs_embeds.shape[1]))
@@ -248,13 +254,40 @@ class SparseLlavaModel(LlavaModel):
         if visual_mask is not None and isinstance(self.sparsifier, EncoderSparsifier):
             raise ValueError(f"visual_mask: {self.sparsifier.name} prunes in the encoder; pass pixel_values instead.")
 
-    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """`(batch, length)` bool: where the image placeholders are."""
         token = self.config.image_token_id
         if input_ids is not None:
             return input_ids == token
+        assert inputs_embeds is not None
         embedding = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
         return (inputs_embeds == embedding).all(-1)
+
+
+def _stacked(features: Sequence[Tensor]) -> Tensor:
+    """Features of all images, `(images, tokens, channels)`."""
+    if len({len(image) for image in features}) > 1:
+        raise ValueError("The images have different numbers of visual tokens: pruning needs the same number for each.")
+    return torch.stack(list(features))
+
+
+class _CandidatesAfterPrompt:
+    """A candidate generator that lets the prompt go first: candidates in the prefill would be pruned with it."""
+
+    def __init__(self, generator: Any) -> None:
+        self.generator = generator
+        self.prompt_is_through = False
+
+    def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        # An assistant model is asked at once all the same, so that it keeps step.
+        candidates = self.generator.get_candidates(input_ids, *args, **kwargs)
+        if self.prompt_is_through:
+            return candidates
+        self.prompt_is_through = True
+        return input_ids, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["generator"], name)
 
 
 class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -346,7 +379,10 @@ class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if labels is not None:
             if outputs.columns is not None:
                 columns = outputs.columns.to(labels.device)
-                labels = labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, IGNORED_LABEL)
+                # A row of padding predicts nothing: the token behind it has no predecessor.
+                follows_padding = nn.functional.pad(columns[:, :-1] == PADDING, (1, 0))
+                labels = labels.gather(1, columns.clamp(min=0))
+                labels = labels.masked_fill((columns < 0) | follows_padding, IGNORED_LABEL)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
@@ -386,6 +422,10 @@ class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             **kwargs,
         )
 
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        return generator if self.model.sparsifier is None else _CandidatesAfterPrompt(generator)
+
     def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Keeps the mask two-dimensional for static caches too: runs of layers make their own of it."""
         if self.model.sparsifier is not None:
@@ -399,9 +439,17 @@ class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeats the images of a prompt together; stock code repeats each image on its own."""
         pixel_values = kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1 and input_ids is not None and input_ids.shape[0] > 0:
-            counts = (input_ids == self.config.image_token_id).sum(-1).tolist()
-            written = sum(counts) // pixel_values.shape[0]
+        embeds = kwargs.get("inputs_embeds")
+        if pixel_values is not None and expand_size > 1 and not (input_ids is None and embeds is None):
+            ids = input_ids if embeds is None else None
+            counts = self.model._placeholders(ids, embeds).sum(-1).tolist()
+            images, total = pixel_values.shape[0], sum(counts)
+            written = total // images
+            if not written or total % images or any(count % written for count in counts):
+                raise ValueError(
+                    f"Image features and image tokens do not match: {images} images, and prompts with {counts} image "
+                    "tokens."
+                )
             groups = pixel_values.split([count // written for count in counts])
             pixel_values = torch.cat([group for group in groups for _ in range(expand_size)])
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .pruned_cache import ShortenedPrompt, remembered, surplus
-from .token_layout import PromptLayout, compact_positions, plan_compaction
+from .token_layout import PADDING, PromptLayout, compact_positions, plan_compaction
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class DecoderInputs:
     Attributes:
         embeds: `(batch, length, channels)`.
         attention_mask: `(batch, past + length)` or None; position_ids: `(batch, length)` or None.
-        columns: `(batch, length)` int64, the caller's columns (-1 for padding); None if they are the same.
+        columns: `(batch, length)` int64, the caller's columns, `PADDING` for padding; None if they are the same.
         shortened: what layer 0 of the cache then holds; None if that is what the caller counts.
     """
 
@@ -59,7 +59,7 @@ def insert_features(
     """
     images, tokens = features.shape[:2]
     total = sum(layout.visual_counts)
-    written = next((n for n in (tokens, dense_tokens) if total == images * n), None)
+    written = next((n for n in (tokens, dense_tokens) if n >= tokens and total == images * n), None)
     if written is None or any(count % written for count in layout.visual_counts):
         raise ValueError(
             f"Image features and image tokens do not match: {images} images, and prompts with {layout.visual_counts} "
@@ -101,7 +101,7 @@ def drop_surplus(
     shortened = ShortenedPrompt(mask, total, before + length, "compact")
     new_layout = layout.moved(plan)
     if plan.valid is not None:
-        columns = columns.masked_fill(~plan.valid, -1)
+        columns = columns.masked_fill(~plan.valid, PADDING)
     return DecoderInputs(plan.apply(embeds), mask, positions, columns, shortened), new_layout
 
 

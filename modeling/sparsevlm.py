@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -209,8 +210,9 @@ class SparseVLM(DecoderSparsifier):
     ) -> SparseVLM:
         chosen = cls.check_options(options)
         version = _choice("version", chosen["version"], list(LAYERS))
-        positions = chosen["positions"] or ("original" if version == "2.0" else "compact")
-        positions = _choice("positions", positions, ["compact", "original"])
+        default = "original" if version == "2.0" else "compact"
+        given = default if chosen["positions"] is None else chosen["positions"]
+        positions = _choice("positions", given, ["compact", "original"])
         budget = cls.check_budget(budget, geometry.patches)
         depth = geometry.decoder_layers
         if layers is None:
@@ -247,7 +249,8 @@ class SparseVLM(DecoderSparsifier):
             raise ValueError(f"sparse_budgets={budgets!r}: version '1.0' finds its budgets from the attention's rank.")
         for option in ("scale", "bias", "lam"):
             value = chosen[option]
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value < math.inf):
                 raise ValueError(f"sparse_options: {option}={value!r}: a number from 0 on is allowed.")
         if chosen["lam"] is not None and (chosen["scale"] is not None or chosen["bias"] is not None):
             raise ValueError("sparse_options: give lam (the paper's form) or scale and bias (the code's), not both.")

@@ -31,7 +31,8 @@ class Selection:
     """One reduction stage of one forward pass.
 
     Visual tokens are numbered over the original patch grid: 0-based, without CLS, image *i* of a prompt adding
-    *i* x patches; merged tokens are numbered on from the prompt's total of patches.
+    *i* x patches; merged tokens are numbered on from the prompt's total of patches. (Where a model feeds CLS to its
+    decoder, `vision_feature_select_strategy="full"`, decoder methods count it as token 0 of its image.)
 
     Attributes:
         layer: the encoder or decoder layer (0-based) whose output was reduced.
@@ -218,6 +219,11 @@ class DecoderSparsifier(Sparsifier):
             merged `(rows, c, channels)` and assignment `(rows, n)` int64 (merged token of each, -1 for none).
         """
         return None
+
+
+def exact(x: Tensor) -> torch.autocast:
+    """A context that keeps autocast away from scores on the device of `x`: they are float32 whatever is around them."""
+    return torch.autocast(device_type=x.device.type, enabled=False)
 
 
 def to_float(x: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .attention_rows import take_rows
-from .sparsifier import DecoderSparsifier, Selection
+from .sparsifier import DecoderSparsifier, Selection, exact
 from .token_layout import (
+    MERGED,
+    PADDING,
     PromptLayout,
     VisualGroup,
     compact_positions,
@@ -69,7 +71,7 @@ def open_prompt(
     rater_columns = (~layout.text).int().argsort(dim=1, stable=True)[:, :most]
     text_valid = layout.text.gather(1, rater_columns)
     raters = torch.zeros_like(text_valid)
-    with torch.no_grad():
+    with torch.no_grad(), exact(embeds):
         text = take_rows(embeds, rater_columns)
         for group in groups:
             visual = take_rows(group.take(embeds), group.columns)
@@ -101,7 +103,8 @@ def reduce_group(
     if dropped.shape[1] == 0:
         return Reduction(group, scores, kept, None, None, None)
     columns = group.columns.gather(1, dropped)
-    outcome = sparsifier.merge(layer, take_rows(group.take(hidden), columns))
+    with exact(hidden):
+        outcome = sparsifier.merge(layer, take_rows(group.take(hidden), columns))
     if outcome is None:
         return Reduction(group, scores, kept, None, None, None)
     merged, assignment = outcome
@@ -144,10 +147,10 @@ def apply_reductions(
         position_ids = plan.apply(prompt.position_ids, merged_positions if most else None)
     else:
         position_ids = compact_positions(plan.valid, plan.source)
-    no_column = prompt.columns.new_full((batch, most), -1)
+    no_column = prompt.columns.new_full((batch, most), MERGED)
     columns = plan.apply(prompt.columns, no_column if most else None)
     if plan.valid is not None:
-        columns = columns.masked_fill(~plan.valid, -1)
+        columns = columns.masked_fill(~plan.valid, PADDING)
     hidden = plan.apply(hidden, merged if most else None)
     rater_columns = plan.destination.gather(1, prompt.rater_columns).clamp(0, hidden.shape[1] - 1)
     return hidden, Prompt(plan.valid, plan.lengths, position_ids, columns, last, groups, rater_columns, prompt.raters)

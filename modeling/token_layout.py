@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .attention_rows import take_rows
 
+# In tensors that map tokens to the caller's columns: a token made by merging, and a column of padding.
+MERGED, PADDING = -1, -2
+
 
 @dataclass(frozen=True)
 class PromptLayout:

@@ -44,9 +44,10 @@ class SparseLlavaProcessor(LlavaProcessor):
         if unknown:
             raise ValueError(f"{unknown[0]} is no setting; there are: sparse_method, sparse_budget, sparse_budgets.")
         self.sparse_method = sparse_method
-        self.sparse_budget = sparse_budget
-        self.sparse_budgets = sparse_budgets
-        _tokens_per_image(sparse_method, sparse_budget, sparse_budgets)
+        # One number is kept and saved: a budget given when it is loaded again must not meet older budgets.
+        tokens = _tokens_per_image(sparse_method, sparse_budget, sparse_budgets)
+        self.sparse_budget = sparse_budget if tokens is None else tokens
+        self.sparse_budgets = None
         super().__init__(
             image_processor,
             tokenizer,
@@ -68,7 +69,7 @@ class SparseLlavaProcessor(LlavaProcessor):
         data = super()._get_num_multimodal_tokens(image_sizes, **kwargs)
         tokens = _tokens_per_image(self.sparse_method, self.sparse_budget, self.sparse_budgets)
         if image_sizes is not None and tokens is not None:
-            data["num_image_tokens"] = [tokens] * len(image_sizes)
+            data.num_image_tokens = [tokens] * len(image_sizes)
         return data
 
 
@@ -84,7 +85,11 @@ def _tokens_per_image(method: str | None, budget: int | None, budgets: list[int]
         )
     if method in DECODER_METHODS:
         return None
-    tokens = sum(budgets) if budgets else budget
+    if budgets is not None:
+        entries = list(budgets) if isinstance(budgets, list | tuple) else []
+        if len(entries) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in entries):
+            raise ValueError(f"sparse_budgets={budgets!r}: [dominant, contextual], two numbers of tokens, is allowed.")
+    tokens = sum(budgets) if budgets is not None else budget
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"sparse_method={method!r} needs sparse_budget, a positive number of tokens, not {budget!r}.")
     return tokens

@@ -129,6 +129,9 @@ INVALID = [
     ({"sparse_method": "sparsevlm", "sparse_budgets": [3, 2, 1], "sparse_options": {"version": "1.0"}}, "rank"),
     ({"sparse_method": "sparsevlm", "sparse_options": {"version": "1.0", "scale": -1}}, "a number from 0"),
     ({"sparse_method": "sparsevlm", "sparse_options": {"version": "1.0", "lam": 1, "bias": 2}}, "not both"),
+    ({"sparse_method": "sparsevlm", "sparse_options": {"version": "1.0", "scale": float("inf")}}, "a number from 0"),
+    ({"sparse_method": "sparsevlm", "sparse_options": {"version": "1.0", "lam": float("nan")}}, "a number from 0"),
+    ({**SPARSE, "sparse_options": {"positions": ""}}, "allowed: compact, original"),
 ]  # fmt: skip
 
 
@@ -193,6 +196,15 @@ def test_settings_given_by_hand_survive_other_keywords(tmp_path):
     sparse.save_pretrained(tmp_path)
     other = AutoConfig.from_pretrained(tmp_path, sparse_options={"version": "2.0"})
     assert (other.sparse_layers, other.sparse_budgets) == ([2, 6, 15], [66, 34, 20])
+    SparseLlavaConfig(sparse_method="sparsevlm", sparse_budget=64, sparse_budgets=[50, 40, 30]).save_pretrained(
+        tmp_path
+    )
+    moved = AutoConfig.from_pretrained(tmp_path, sparse_layers=[3, 5, 9])
+    assert (moved.sparse_layers, moved.sparse_budgets) == ([3, 5, 9], [50, 40, 30])
+    SparseLlavaConfig(sparse_method="sparsevlm", sparse_budget=64, sparse_layers=[3, 5, 9]).save_pretrained(tmp_path)
+    original = AutoConfig.from_pretrained(tmp_path, sparse_options={"positions": "original"})
+    assert (original.sparse_layers, original.sparse_budgets) == ([3, 5, 9], [66, 30, 17])
+    sparse.save_pretrained(tmp_path)
     fewer = AutoConfig.from_pretrained(tmp_path, sparse_layers=[4, 8])
     assert (fewer.sparse_layers, fewer.sparse_budgets) == ([4, 8], [30, 17])
 
@@ -234,3 +246,12 @@ def test_processor_knows_the_methods():
         known = {"encoder": processing_sparse_llava.ENCODER_METHODS, "decoder": processing_sparse_llava.DECODER_METHODS}
         assert name in known[method.kind]
     assert len(METHODS) == len(processing_sparse_llava.ENCODER_METHODS + processing_sparse_llava.DECODER_METHODS)
+
+
+def test_a_stock_class_refuses_a_method(tmp_path):
+    from transformers import CONFIG_MAPPING, LlavaForConditionalGeneration
+
+    tiny.dense_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a stock LLaVA class is dense"):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path, sparse_method="visionzip")
+    assert isinstance(LlavaConfig(), CONFIG_MAPPING["llava"])

@@ -143,6 +143,22 @@ def test_beam_scores_match_a_forward_pass(model, case, processor):
     torch.testing.assert_close(logp.gather(2, answer[..., None]).sum((1, 2)), out.sequences_scores, rtol=0, atol=1e-3)
 
 
+def test_beams_from_embeddings_and_pixels(model, processor):
+    batch = tiny.inputs(processor, MIXED[:1] + MIXED[2:])
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    expected = new_tokens(model, batch, num_beams=2)
+    given = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"], "pixel_values": batch["pixel_values"]}
+    assert torch.equal(generate(model, given, num_beams=2), expected)
+
+
+@pytest.mark.parametrize("text", ["USER: dog", "USER: <image> <image> <image> dog"])
+def test_beams_with_the_wrong_number_of_images(model, processor, text):
+    ids = tiny.inputs(processor, text)
+    ids["pixel_values"] = tiny.inputs(processor, "<image> <image>")["pixel_values"]
+    with pytest.raises(ValueError, match="do not match"):
+        generate(model, ids, num_beams=2)
+
+
 def test_streamer(model, processor):
     batch = tiny.inputs(processor, tiny.QUESTIONS[0])
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
@@ -309,10 +325,36 @@ def test_labels_before_the_image_follow_their_tokens(model, processor):
     if out.columns is None:
         return
     kept = labels.gather(1, out.columns.clamp(min=0)).masked_fill(out.columns < 0, -100)
-    text = (labels != -100).sum()
-    assert (kept != -100).sum() == text
+    assert (kept != -100).sum() == (labels != -100).sum()
+    kept[:, 1:].masked_fill_(out.columns[:, :-1] == -2, -100)
     loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), kept[:, 1:].flatten(), ignore_index=-100)
     torch.testing.assert_close(out.loss, loss)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_of_a_ragged_batch_is_that_of_its_rows(model, processor, side):
+    """Rows that shrink differently are padded anew: no row of padding may predict a label."""
+    texts = ["USER: <image> <image> dog", "USER: <image> What red car ?", "USER: Is there a cat ?"]
+    processor.tokenizer.padding_side = side
+    try:
+        batch = tiny.inputs(processor, texts)
+    finally:
+        processor.tokenizer.padding_side = "left"
+    hidden = (batch["input_ids"] == 4) | (batch["attention_mask"] == 0)
+    labels = batch["input_ids"].masked_fill(hidden, -100)
+    total, count, seed = 0.0, 0, 0
+    for text in texts:
+        single = tiny.inputs(processor, text, seed=seed)
+        seed += text.count("<image>")
+        own = single["input_ids"].masked_fill(single["input_ids"] == 4, -100)
+        predicted = int((own[:, 1:] != -100).sum())
+        total += model(**single, labels=own).loss.item() * predicted
+        count += predicted
+    # A dense batch lets padding predict the first token of a row; where nothing moved, so does this one.
+    got = model(**batch, labels=labels)
+    if got.columns is None:
+        pytest.skip("nothing was dropped")
+    assert got.loss.item() == pytest.approx(total / count, abs=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["static", "offloaded_static"])
@@ -342,11 +384,17 @@ def test_cache_made_by_the_caller(model, processor):
         assert torch.equal(generate(model, batch, past_key_values=cache), expected)
 
 
-def test_assisted_generation(model, dense, processor):
-    """Rollbacks of the cache after rejected candidates leave the tokens as they are."""
-    batch = tiny.inputs(processor, tiny.QUESTIONS[0])
-    expected = generate(model, batch, max_new_tokens=12)
-    assert torch.equal(generate(model, batch, max_new_tokens=12, prompt_lookup_num_tokens=3), expected)
+REPEATING = "USER: <image> dog cat car tree dog cat car tree dog cat"
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("helper", ["prompt_lookup", "assistant"])
+def test_assisted_generation(model, processor, helper, seed):
+    """Candidates are not pruned with the prompt, and rollbacks after rejected ones leave the tokens as they are."""
+    batch = tiny.inputs(processor, REPEATING, seed=seed)
+    expected = generate(model, batch, max_new_tokens=10)
+    helpers = {"prompt_lookup": {"prompt_lookup_num_tokens": 2}, "assistant": {"assistant_model": tiny.dense_model()}}
+    assert torch.equal(generate(model, batch, max_new_tokens=10, **helpers[helper]), expected)
 
 
 def test_crop_into_the_prompt_is_refused(model, processor):

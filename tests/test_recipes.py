@@ -58,6 +58,10 @@ def test_processor_saves_its_settings(tmp_path):
     assert (again.sparse_method, again.sparse_budget) == ("visionzip", 5)
     text = tiny.QUESTIONS[0]
     assert torch.equal(tiny.inputs(again, text)["input_ids"], tiny.inputs(ours, text)["input_ids"])
+    (count,) = again._get_num_multimodal_tokens(image_sizes=[(56, 56)]).num_image_tokens
+    assert count == 5
+    tiny.processor(SparseLlavaProcessor, sparse_method="visionzip", sparse_budgets=[4, 2]).save_pretrained(tmp_path)
+    assert (tiny.inputs(SparseLlavaProcessor.from_pretrained(tmp_path), text)["input_ids"] == 4).sum() == 6
     wider = SparseLlavaProcessor.from_pretrained(tmp_path, sparse_budget=7)
     assert (tiny.inputs(wider, text)["input_ids"] == 4).sum() == 7
 
@@ -69,6 +73,9 @@ def test_processor_saves_its_settings(tmp_path):
         ({"sparse_method": "visionzap", "sparse_budget": 5}, "unknown"),
         ({"sparse_method": "visionzip"}, "needs sparse_budget"),
         ({"sparse_method": "visionzip", "sparse_budget": 0}, "positive"),
+        ({"sparse_method": "visionzip", "sparse_budgets": [4]}, "two numbers"),
+        ({"sparse_method": "visionzip", "sparse_budgets": [-4, 8]}, "two numbers"),
+        ({"sparse_method": "visionzip", "sparse_budgets": "ab"}, "two numbers"),
         ({"sparse_method": "visionzip", "sparse_budget": 5, "sparse_bugdet": 6}, "no setting"),
     ],
 )

@@ -302,3 +302,31 @@ def test_wrong_number_of_placeholders(model, processor, placeholders):
     ids = torch.tensor([[1, *[4] * placeholders, 7, 8]])
     with pytest.raises(ValueError, match="do not match"):
         model(input_ids=ids, pixel_values=tiny.inputs(processor, "<image>")["pixel_values"])
+
+
+def test_more_tokens_than_placeholders(dense, processor):
+    """All tokens and CLS: only the sparse processor writes as many placeholders."""
+    model = llava_sparse.sparsify(dense, "visionzip", budgets=[12, 5])
+    with pytest.raises(ValueError, match="Each image needs 17 tokens"):
+        model(**tiny.inputs(processor, tiny.QUESTIONS))
+    ours = tiny.processor(llava_sparse.SparseLlavaProcessor, sparse_method="visionzip", sparse_budgets=[12, 5])
+    assert model(**tiny.inputs(ours, tiny.QUESTIONS)).logits.isfinite().all()
+
+
+def test_selection_counts_patches_with_the_full_strategy():
+    dense = tiny.dense_model(vision_feature_select_strategy="full")
+    model = llava_sparse.sparsify(dense, "visionzip", budgets=[4, 2])
+    ids = torch.tensor([[1, *[4] * 34, 7, 8]])
+    pixels = torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
+    (stage,) = model(input_ids=ids, pixel_values=pixels, output_selection=True).selection
+    (alone,) = model.model.vision_tower(pixels, sparsifier=model.model.sparsifier, output_selection=True).selection
+    assert stage.kept[0].tolist() == [*alone.kept[0].tolist(), *(alone.kept[1] + 16).tolist()]
+    assert set(stage.merge_map[0].tolist()) == {-1, 32, 33, 34, 35}
+
+
+def test_scores_are_float32_under_autocast(model, processor):
+    batch = tiny.inputs(processor, tiny.QUESTIONS)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        stages = model(**batch, output_selection=True).selection
+    assert all(stage.scores.dtype == torch.float32 for stage in stages)
+    assert all((stage.scores.bfloat16().float() != stage.scores).any() for stage in stages)
