@@ -71,6 +71,10 @@ class ShortenedLayerMixin:
 
     prompt: ShortenedPrompt | None
 
+    def __reduce__(self) -> tuple:
+        # The class is made at run time; a copy is made anew from the kind of layer.
+        return _shortened_layer, (type(self).__bases__[1], self.__dict__)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         if self.prompt is not None:
@@ -110,6 +114,13 @@ def _shortened_class(layer_class: type) -> Any:
     return _CLASSES[layer_class]
 
 
+def _shortened_layer(layer_class: type, state: dict[str, Any]) -> Any:
+    shortened = _shortened_class(layer_class)
+    layer = shortened.__new__(shortened)
+    layer.__dict__.update(state)
+    return layer
+
+
 def remember(cache: Cache, layer: int, prompt: ShortenedPrompt) -> None:
     """Lets cache layer `layer` carry `prompt`; the layer keeps its kind (dynamic, static, ...) and its contents."""
     while len(cache.layers) <= layer:
@@ -118,10 +129,7 @@ def remember(cache: Cache, layer: int, prompt: ShortenedPrompt) -> None:
     if isinstance(old, ShortenedLayerMixin):
         old.prompt = prompt
         return
-    layer_class = _shortened_class(type(old))
-    new = layer_class.__new__(layer_class)
-    new.__dict__.update(old.__dict__, prompt=prompt)
-    cache.layers[layer] = new
+    cache.layers[layer] = _shortened_layer(type(old), {**old.__dict__, "prompt": prompt})
 
 
 def remembered(cache: Any) -> dict[int, ShortenedPrompt]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import tiny
 import torch
@@ -424,6 +427,19 @@ def test_cache_batch_operations(model, processor):
             length = single["input_ids"].shape[1]
             one = model(input_ids=token[:1], position_ids=torch.tensor([[length]]), past_key_values=past)
             torch.testing.assert_close(got.logits[row], one.logits[0], **LOGITS)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_cache_can_be_copied(model, processor, duplicate):
+    """A prefix computed once and continued twice gives the same both times."""
+    batch = tiny.inputs(processor, tiny.QUESTIONS)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    step = {"input_ids": torch.full((3, 1), 7), "attention_mask": mask}
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        copied = duplicate(cache)
+        first = model(**step, past_key_values=cache).logits
+        assert torch.equal(model(**step, past_key_values=copied).logits, first)
 
 
 def test_wrong_mask_length_on_a_shortened_cache(model, processor):
