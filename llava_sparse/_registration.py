@@ -17,6 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .modeling.configuration_sparse_llava import SparseCLIPVisionConfig, SparseLlavaConfig
 
+logger = transformers.logging.get_logger(__name__)
+
 
 class _OnFirstUse:
     """An entry for an Auto class's table that imports its class when it is first used."""
@@ -86,31 +88,32 @@ class LlavaConfigChoice(LlavaConfig, metaclass=_LooksLikeLlavaConfig):
     """
 
     def __new__(cls, **kwargs: Any) -> Any:
-        return _chosen(kwargs)(**kwargs)
+        return _chosen({}, kwargs)(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return _chosen(config_dict, kwargs).from_dict(config_dict, **kwargs)
 
 
-def _chosen(*settings: dict[str, Any]) -> Any:
-    given = any(key.startswith("sparse_") and value is not None for s in settings for key, value in s.items())
-    if not given:
-        for s in settings:
-            for key in [key for key in s if key.startswith("sparse_")]:
-                del s[key]
-    return SparseLlavaConfig if given else LlavaConfig
+def _chosen(saved: dict[str, Any], given: dict[str, Any]) -> Any:
+    """The class that is meant; settings without a method are dropped from what was saved, as from None arguments."""
+    sparse = saved.get("sparse_method") is not None
+    sparse |= any(key.startswith("sparse_") and value is not None for key, value in given.items())
+    for settings in () if sparse else (saved, given):
+        for key in [key for key in settings if key.startswith("sparse_")]:
+            del settings[key]
+    return SparseLlavaConfig if sparse else LlavaConfig
 
 
 def _no_method(config: LlavaConfig) -> None:
     """A plain LLaVA can be asked for its method too. It is no field, and never saved."""
 
 
-def _refuse_method(config: LlavaConfig, method: str | None) -> None:
+def _ignore_method(config: LlavaConfig, method: str | None) -> None:
     if method is not None:
-        raise ValueError(
-            f"sparse_method={method!r}: a stock LLaVA class is dense. Load with AutoModelForImageTextToText or "
-            "llava_sparse.SparseLlavaForConditionalGeneration, or use llava_sparse.sparsify."
+        logger.warning(
+            f"sparse_method={method!r} is ignored: a stock LLaVA class is dense. For the pruned model load with "
+            "AutoModelForImageTextToText or llava_sparse.SparseLlavaForConditionalGeneration."
         )
 
 
@@ -119,7 +122,7 @@ def register() -> None:
     AutoConfig.register("sparse_llava", SparseLlavaConfig, exist_ok=True)
     AutoConfig.register("sparse_clip_vision_model", SparseCLIPVisionConfig, exist_ok=True)
     CONFIG_MAPPING.register("llava", LlavaConfigChoice, exist_ok=True)
-    LlavaConfig.sparse_method = property(_no_method, _refuse_method)
+    LlavaConfig.sparse_method = property(_no_method, _ignore_method)
 
     modeling = ".modeling.modeling_sparse_llava"
     llava = _OnFirstUse(modeling, "SparseLlavaForConditionalGeneration", SparseLlavaConfig)

@@ -20,10 +20,11 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import SparseLlavaConfig, build_sparsifier
+from .generation import PrunedGenerationMixin
 from .modeling_sparse_clip import SparseCLIPVisionModel
 from .modeling_sparse_llama import SPARSE_DECODERS
 from .placeholders import DecoderInputs, insert_features, newest_mask, translate
-from .pruned_cache import remember, remembered, surplus
+from .pruned_cache import remember, remembered
 from .sparsifier import DecoderSparsifier, EncoderSparsifier, Selection, Sparsifier
 from .stages import stage_by_prompt
 from .token_layout import PADDING, PromptLayout
@@ -204,7 +205,7 @@ class SparseLlavaModel(LlavaModel):
             )
             features = _stacked(outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
             layout = PromptLayout.of(
-                self._placeholders(input_ids, inputs_embeds), newest_mask(attention_mask, inputs_embeds.shape[1])
+                self.placeholders(input_ids, inputs_embeds), newest_mask(attention_mask, inputs_embeds.shape[1])
             )
             is_encoder = isinstance(self.sparsifier, EncoderSparsifier)
             dense_tokens = self.dense_tokens_per_image if is_encoder else features.shape[1]
@@ -254,7 +255,7 @@ class SparseLlavaModel(LlavaModel):
         if visual_mask is not None and isinstance(self.sparsifier, EncoderSparsifier):
             raise ValueError(f"visual_mask: {self.sparsifier.name} prunes in the encoder; pass pixel_values instead.")
 
-    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """`(batch, length)` bool: where the image placeholders are."""
         token = self.config.image_token_id
         if input_ids is not None:
@@ -271,26 +272,7 @@ def _stacked(features: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(features))
 
 
-class _CandidatesAfterPrompt:
-    """A candidate generator that lets the prompt go first: candidates in the prefill would be pruned with it."""
-
-    def __init__(self, generator: Any) -> None:
-        self.generator = generator
-        self.prompt_is_through = False
-
-    def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        # An assistant model is asked at once all the same, so that it keeps step.
-        candidates = self.generator.get_candidates(input_ids, *args, **kwargs)
-        if self.prompt_is_through:
-            return candidates
-        self.prompt_is_through = True
-        return input_ids, None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["generator"], name)
-
-
-class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditionalGeneration):
     """LLaVA, pruned: the class that users load.
 
     Modifications: the model is `SparseLlavaModel`; labels follow the tokens that are left; generation keeps counting in
@@ -301,6 +283,7 @@ class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     config: SparseLlavaConfig
 
     def __init__(self, config: SparseLlavaConfig) -> None:
+        # Skips LlavaForConditionalGeneration.__init__, which would build the stock model first.
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = SparseLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -396,66 +379,6 @@ class SparseLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             columns=outputs.columns,
             selection=outputs.selection,
         )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        # The length of the new part was found from the tokens held; the caller's ids also hold what was dropped.
-        if is_first_iteration and next_sequence_length is not None and past_key_values is not None:
-            next_sequence_length -= surplus(past_key_values)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            kwargs.pop("visual_mask", None)
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        generator = super()._get_candidate_generator(*args, **kwargs)
-        return generator if self.model.sparsifier is None else _CandidatesAfterPrompt(generator)
-
-    def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """Keeps the mask two-dimensional for static caches too: runs of layers make their own of it."""
-        if self.model.sparsifier is not None:
-            return attention_mask
-        from transformers.masking_utils import create_masks_for_generate
-
-        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeats the images of a prompt together; stock code repeats each image on its own."""
-        pixel_values = kwargs.pop("pixel_values", None)
-        embeds = kwargs.get("inputs_embeds")
-        if pixel_values is not None and expand_size > 1 and not (input_ids is None and embeds is None):
-            ids = input_ids if embeds is None else None
-            counts = self.model._placeholders(ids, embeds).sum(-1).tolist()
-            images, total = pixel_values.shape[0], sum(counts)
-            written = total // images
-            if not written or total % images or any(count % written for count in counts):
-                raise ValueError(
-                    f"Image features and image tokens do not match: {images} images, and prompts with {counts} image "
-                    "tokens."
-                )
-            groups = pixel_values.split([count // written for count in counts])
-            pixel_values = torch.cat([group for group in groups for _ in range(expand_size)])
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        if pixel_values is not None:
-            kwargs["pixel_values"] = pixel_values
-        return input_ids, kwargs
 
 
 def _as_list(values: Sequence[int] | None) -> list[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import tiny
@@ -248,10 +249,17 @@ def test_processor_knows_the_methods():
     assert len(METHODS) == len(processing_sparse_llava.ENCODER_METHODS + processing_sparse_llava.DECODER_METHODS)
 
 
-def test_a_stock_class_refuses_a_method(tmp_path):
+def test_a_stock_class_stays_dense(tmp_path, caplog):
+    """Asked for a method, or given a pruned model's folder, it says that it is dense, and saves no half settings."""
     from transformers import CONFIG_MAPPING, LlavaForConditionalGeneration
 
-    tiny.dense_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a stock LLaVA class is dense"):
-        LlavaForConditionalGeneration.from_pretrained(tmp_path, sparse_method="visionzip")
+    llava_sparse.sparsify(tiny.dense_model(), "visionzip", budget=5).save_pretrained(tmp_path / "pruned")
+    logger = logging.getLogger("llava_sparse._registration")
+    logger.addHandler(caplog.handler)
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "pruned")
+    logger.removeHandler(caplog.handler)
+    assert "sparse_method='visionzip' is ignored" in caplog.text
+    assert stock.config.sparse_method is None
+    stock.save_pretrained(tmp_path / "stock")
+    assert type(AutoConfig.from_pretrained(tmp_path / "stock")) is LlavaConfig
     assert isinstance(LlavaConfig(), CONFIG_MAPPING["llava"])
