@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from .random_tokens import RandomDecoder, RandomTokens
 from .sparsevlm import SparseVLM
 from .sparsifier import Geometry, Sparsifier, nearest
 from .visionzip import VisionZip
 
-METHODS: dict[str, type[Sparsifier]] = {method.name: method for method in (SparseVLM, VisionZip)}
+METHODS: dict[str, type[Sparsifier]] = {
+    method.name: method for method in (RandomTokens, RandomDecoder, SparseVLM, VisionZip)
+}
 
 FIELDS = ("sparse_method", "sparse_budget", "sparse_layers", "sparse_budgets", "sparse_options")
 

@@ -102,7 +102,7 @@ class SparseCLIPVisionModel(CLIPVisionModel):
 
         cls_attention = row_probabilities(tap.query, tap.key, layers[used].self_attn.scale)[:, :, 0, 1:]
         with exact(hidden):
-            features, kept, scores, merged = sparsifier.reduce(hidden, cls_attention, tap.key)
+            features, kept, scores, merged = sparsifier.reduce(hidden, cls_attention, tap.key, pixel_values)
         selection = None
         if output_selection:
             merge_map = None if merged is None else torch.where(merged >= 0, merged + scores.shape[1], -1)

@@ -20,8 +20,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_rows import TAP, RowTap, row_probabilities, watch
 from .pruned_cache import ShortenedPrompt, remember, remembered
 from .sparsifier import DecoderSparsifier, RaterAttention, Selection, exact
-from .stages import Prompt, apply_reductions, open_prompt, record_stage, reduce_group
+from .stages import Prompt, RatingRows, apply_reductions, open_prompt, record_stage, reduce_group
 from .token_layout import PromptLayout, VisualGroup, compact_positions
+
+# Rows of attention that are there at a time where every token rates.
+RATER_BLOCK = 64
 
 
 @dataclass
@@ -71,6 +74,7 @@ class PrunedDecoderMixin:
         layout: PromptLayout | None = None,
         tokens_per_image: int = 1,
         sparsifier: DecoderSparsifier | None = None,
+        fingerprints: Tensor | None = None,
         output_selection: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
@@ -80,6 +84,7 @@ class PrunedDecoderMixin:
             layout: where the visual tokens of `inputs_embeds` `(batch, length, channels)` are; None to prune nothing.
             tokens_per_image: visual tokens of one image, by which `sparsifier`'s budgets count.
             sparsifier: the method; needed with a layout.
+            fingerprints: `(batch,)` int64, what the method has drawn from the images of each prompt.
             output_selection: whether to return the stages.
 
         Raises:
@@ -108,6 +113,7 @@ class PrunedDecoderMixin:
             layout=layout,
             tokens_per_image=tokens_per_image,
             sparsifier=sparsifier,
+            fingerprints=fingerprints,
             output_selection=output_selection,
             **kwargs,
         )
@@ -123,6 +129,7 @@ class PrunedDecoderMixin:
         layout: PromptLayout | None,
         tokens_per_image: int,
         sparsifier: DecoderSparsifier | None,
+        fingerprints: Tensor | None,
         output_selection: bool,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -145,7 +152,7 @@ class PrunedDecoderMixin:
                     "supported. Run the conversation from its start without the cache."
                 )
             stages = {layer: i for i, layer in enumerate(sparsifier.layers)}
-            prompt = open_prompt(layout, sparsifier, inputs_embeds, position_ids, tokens_per_image)
+            prompt = open_prompt(layout, sparsifier, inputs_embeds, position_ids, tokens_per_image, fingerprints)
             attention_mask = layout.valid
 
         elif attention_mask is not None and not is_torchdynamo_compiling() and bool(attention_mask.all()):
@@ -160,9 +167,11 @@ class PrunedDecoderMixin:
             tap = None
             if index in stages:
                 assert prompt is not None
+                assert sparsifier is not None
+                rows = prompt.rating_rows(sparsifier.visual_raters)
                 # Checkpointed layers are not given a cache.
                 checkpointed = self.gradient_checkpointing and self.training
-                tap = RowTap(prompt.rater_columns, cache, project_keys=checkpointed)
+                tap = RowTap(rows.columns, cache, project_keys=checkpointed)
             hidden = layer(
                 hidden,
                 attention_mask=masks[self._kind(index)],
@@ -247,13 +256,13 @@ class PrunedDecoderMixin:
     ) -> tuple[Tensor, Prompt, list[Selection]]:
         """Reduces the output of a pruning layer, `(batch, length, channels)`."""
         layer = sparsifier.layers[stage]
+        rows = prompt.rating_rows(sparsifier.visual_raters)
         reductions = []
         for group in prompt.groups:
             if not group.columns.shape[1]:
                 continue
-            attention = self._rater_attention(layer, tap, prompt, group)
             with torch.no_grad(), exact(hidden):
-                scores = sparsifier.scores(attention)
+                scores, attention = self._scores(layer, tap, prompt, rows, group, sparsifier)
                 counts = sparsifier.counts(stage, group.images, attention)
             for count in sorted(set(counts)):
                 members = [i for i, c in enumerate(counts) if c == count]
@@ -262,16 +271,39 @@ class PrunedDecoderMixin:
                 reductions.append(
                     reduce_group(layer, part, part_scores, count, hidden, prompt.position_ids, sparsifier)
                 )
+        raters = torch.where(rows.rates, prompt.columns.gather(1, rows.columns), -1) if output_selection else None
         hidden, prompt = apply_reductions(reductions, hidden, prompt, sparsifier.positions)
-        if not output_selection:
-            return hidden, prompt, []
-        return hidden, prompt, [record_stage(layer, reductions, hidden.shape[0])]
+        return hidden, prompt, [] if raters is None else [record_stage(layer, reductions, raters)]
 
-    def _rater_attention(self, layer: int, tap: RowTap, prompt: Prompt, group: VisualGroup) -> RaterAttention:
-        query, key, columns = group.take(tap.query), group.take(tap.key), group.take(prompt.rater_columns)
+    def _scores(
+        self,
+        layer: int,
+        tap: RowTap,
+        prompt: Prompt,
+        rows: RatingRows,
+        group: VisualGroup,
+        sparsifier: DecoderSparsifier,
+    ) -> tuple[Tensor, RaterAttention]:
+        """Scores of a group's visual tokens, with the (last) attention that gave them."""
+        if not sparsifier.visual_raters:
+            attention = self._rater_attention(layer, tap, prompt, rows, group, slice(None))
+            return sparsifier.scores(attention), attention
+        # Every token rates: in blocks, the attention of all of them is never there at once.
+        total = raters = torch.zeros((), device=rows.columns.device)
+        for block in rows.blocks(RATER_BLOCK):
+            attention = self._rater_attention(layer, tap, prompt, rows, group, block)
+            weight = attention.raters.sum(-1, keepdim=True)
+            total = total + sparsifier.scores(attention) * weight
+            raters = raters + weight
+        return total / raters, attention
+
+    def _rater_attention(
+        self, layer: int, tap: RowTap, prompt: Prompt, rows: RatingRows, group: VisualGroup, block: slice
+    ) -> RaterAttention:
+        """The attention of some of the `rows` to the visual tokens of a group."""
+        query, key = group.take(tap.query)[:, :, block], group.take(tap.key)
+        columns, horizon = group.take(rows.columns)[:, block], group.take(rows.horizon)[:, block]
         every = torch.arange(key.shape[2], device=key.device)
-        # Raters in front of the image look at all of it, as if they stood right behind.
-        horizon = torch.maximum(columns, group.take(prompt.last)[:, None])
         visible = every <= horizon[..., None]
         if self._kind(layer) == "sliding_attention":
             visible &= every > columns[..., None] - self.config.sliding_window
@@ -285,10 +317,12 @@ class PrunedDecoderMixin:
 
         return RaterAttention(
             probabilities=row_probabilities(query, key, scaling, group.columns, visible),
-            raters=group.take(prompt.raters),
+            raters=group.take(rows.rates)[:, block],
             rater_positions=positions.gather(1, columns),
             visual_positions=positions.gather(1, group.columns),
             rotary=rotary,
+            numbers=group.numbers,
+            fingerprints=group.take(prompt.fingerprints),
         )
 
 

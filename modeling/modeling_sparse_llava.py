@@ -153,6 +153,7 @@ class SparseLlavaModel(LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         visual_mask: Tensor | None = None,
+        fingerprints: Tensor | None = None,
         output_selection: bool = False,
         **kwargs: Any,
     ) -> SparseLlavaModelOutput:
@@ -161,6 +162,8 @@ class SparseLlavaModel(LlavaModel):
         Args:
             visual_mask: `(batch, length)` bool, which rows of `inputs_embeds` are visual tokens, for embeddings that
                 hold image features already; not together with `pixel_values`.
+            fingerprints: with `visual_mask`, `(batch,)` int64: the sum of the method's `fingerprints` of each prompt's
+                images. Without them, a method that draws from the images draws the same for all prompts.
             output_selection: whether to return the stages.
             position_ids: where placeholders are left over and dropped, positions are counted anew from the mask.
 
@@ -210,6 +213,9 @@ class SparseLlavaModel(LlavaModel):
             is_encoder = isinstance(self.sparsifier, EncoderSparsifier)
             dense_tokens = self.dense_tokens_per_image if is_encoder else features.shape[1]
             inputs, layout, images = insert_features(inputs, layout, features, dense_tokens, past_key_values)
+            if isinstance(self.sparsifier, DecoderSparsifier):
+                drawn = self.sparsifier.fingerprints(pixel_values)
+                fingerprints = None if drawn is None else torch.stack([part.sum() for part in drawn.split(images)])
             stages = tuple(
                 stage_by_prompt(stage, images, self.patches_per_image)
                 for stage in getattr(outputs, "selection", None) or ()
@@ -225,6 +231,7 @@ class SparseLlavaModel(LlavaModel):
                 "layout": layout,
                 "tokens_per_image": self.dense_tokens_per_image if features is None else features.shape[1],
                 "sparsifier": self.sparsifier,
+                "fingerprints": fingerprints,
                 "output_selection": output_selection,
             }
         outputs = self.language_model(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .sparsifier import DecoderSparsifier, Geometry, RaterAttention, check_counts, cluster_mean, nearest, to_float
+from .sparsifier import DecoderSparsifier, Geometry, RaterAttention, check_choice, check_counts, cluster_mean, to_float
 
 RECYCLED_SHARE = 0.3  # tau of the paper
 CLUSTER_SHARE = 10  # 1 / theta of the paper
@@ -24,6 +24,8 @@ PRESETS: dict[str, dict[int, tuple[int, ...]]] = {
 }
 PRESET_PATCHES = 576
 PRESET_DEPTH = 32
+POSITIONS = ("compact", "original")
+RATERS = ("selected", "text", "all")
 LAYERS = {"1.0": (2, 6, 15, 19), "1.5": (2, 6, 15), "2.0": (2, 6, 15)}
 RANK_SETTINGS = {64: (0.8, 0.0), 128: (9.0, 6.0), 192: (13.5, 0.0)}
 
@@ -155,6 +157,61 @@ def default_budgets(version: str, budget: int, patches: int, stages: int) -> tup
     return tuple(max(1, int(m * patches / PRESET_PATCHES + 0.5)) for m in mixed)[-stages:]
 
 
+def recycled(dropped: int) -> tuple[int, int]:
+    """Of so many dropped tokens, how many are recycled, and into how many clusters."""
+    count = int(RECYCLED_SHARE * dropped) + 1
+    return count, count // CLUSTER_SHARE + 1
+
+
+def with_recycled(budgets: Sequence[int], patches: int) -> tuple[int, ...]:
+    """The tokens that leave each stage if `budgets` stay and dropped ones are recycled: 66, 30, 17 give 82, 32, 18."""
+    totals: list[int] = []
+    entering = patches
+    for budget in budgets:
+        kept = min(budget, entering - 1)
+        entering = kept + recycled(entering - kept)[1]
+        totals.append(entering)
+    return tuple(totals)
+
+
+def check_stages(version: str, depth: int, layers: Sequence[int] | None, budgets: object) -> tuple[int, ...]:
+    """The layers at which to prune, by default those of `version`, the last ones where `budgets` are fewer.
+
+    Raises:
+        ValueError: for `layers` that are not ascending, or not in the decoder.
+    """
+    if layers is None:
+        stages = default_layers(version, depth)
+        if isinstance(budgets, list | tuple) and 0 < len(budgets) < len(stages):
+            stages = stages[-len(budgets) :]
+        return stages
+    stages = check_counts("sparse_layers", layers, 0, depth - 1)
+    if any(a >= b for a, b in pairwise(stages)):
+        raise ValueError(f"sparse_layers={list(layers)}: ascending decoder layers, each once, are allowed.")
+    return stages
+
+
+def check_stage_budgets(
+    method: str, version: str, geometry: Geometry, stages: tuple[int, ...], budget: int | None, budgets: object
+) -> tuple[int, ...]:
+    """The tokens to keep at each of the `stages`: `budgets`, or what `budget` stands for in `version`.
+
+    Raises:
+        ValueError: if both are missing, do not fit the stages, or are out of range.
+    """
+    if budgets is None:
+        if budget is None:
+            raise ValueError(
+                f"sparse_method={method!r} needs sparse_budget (64, say) or sparse_budgets, tokens per layer."
+            )
+        if len(stages) > 3:
+            raise ValueError(
+                f"sparse_layers={list(stages)}: sparse_budget expands to at most 3 layers; give sparse_budgets too."
+            )
+        budgets = default_budgets(version, budget, geometry.patches, len(stages))
+    return check_counts("sparse_budgets", budgets, 1, geometry.patches, len(stages))
+
+
 @dataclass(frozen=True)
 class SparseVLM(DecoderSparsifier):
     """Visually relevant question tokens rate the visual tokens; dropped ones are recycled into clusters.
@@ -172,6 +229,14 @@ class SparseVLM(DecoderSparsifier):
     (renumbered after every pruning; default of 1.0 and 1.5) or "original" (default of 2.0; a merged token stands at the
     mean position of its members). `scale`, `bias`, `lam`: version 1.0 alone.
 
+    Ablations of the paper (section 5). `raters`: "selected" (default, as above), "text" (all the text that may rate) or
+    "all" (every token: text, and each visual token with what it sees, at each layer those still there; version 1.5;
+    text before the image sees none of it and is left out). `recycle`: all versions but 2.0 do by default; with False
+    dropped tokens are gone and `sparse_budgets` is all that stays. In version 1.5 `sparse_budget` then stands for the
+    published tokens and the merged ones that would have joined them (82, 32, 18 for 64), so that every layer holds as
+    many tokens of an image as with recycling. Fixed against rank-adaptive budgets: versions 1.5 and 1.0, with the same
+    `sparse_layers`; the number of tokens of 1.0 follows from the data: set `scale` for the mean that is wanted.
+
     `sparse_budget` is the papers' mean over the layers of 32: see `default_budgets` and `default_layers`. In version
     1.0 it chooses the published scale and bias (64, 128, 192; others scale 13.5 / 192 in proportion).
 
@@ -179,7 +244,8 @@ class SparseVLM(DecoderSparsifier):
     last image; where nothing does, the text before it rates, as if it could see the image. If no token is above the
     mean the whole text rates. Prompts without image are left alone. Ties go to the earlier token. The published
     code adds random noise to the clustering density; it is off here (`density_noise` is the place to pass it in).
-    Complexity: T x L attention logits per head and pruning layer, never L x L; n^2 distances.
+    Complexity: T x L attention logits per head and pruning layer, never L x L at once ("all" goes through the rows in
+    blocks); n^2 distances.
     """
 
     name = "sparsevlm"
@@ -188,6 +254,8 @@ class SparseVLM(DecoderSparsifier):
     option_defaults: ClassVar[dict[str, Any]] = {
         "version": "1.5",
         "positions": None,
+        "raters": "selected",
+        "recycle": None,
         "scale": None,
         "bias": None,
         "lam": None,
@@ -195,6 +263,8 @@ class SparseVLM(DecoderSparsifier):
 
     version: str = "1.5"
     positions: str = "compact"
+    raters: str = "selected"
+    recycle: bool = True
     scale: float = 13.5
     bias: float = 0.0
     lam: float | None = None
@@ -209,42 +279,44 @@ class SparseVLM(DecoderSparsifier):
         options: dict[str, Any] | None,
     ) -> SparseVLM:
         chosen = cls.check_options(options)
-        version = _choice("version", chosen["version"], list(LAYERS))
+        version = check_choice("version", chosen["version"], list(LAYERS))
         default = "original" if version == "2.0" else "compact"
         given = default if chosen["positions"] is None else chosen["positions"]
-        positions = _choice("positions", given, ["compact", "original"])
+        raters, recycle = cls._resolve_ablations(version, chosen)
+        common: dict[str, Any] = {
+            "version": version,
+            "positions": check_choice("positions", given, POSITIONS),
+            "raters": raters,
+            "recycle": recycle,
+        }
         budget = cls.check_budget(budget, geometry.patches)
-        depth = geometry.decoder_layers
-        if layers is None:
-            stages = default_layers(version, depth)
-            if budgets is not None and isinstance(budgets, list | tuple) and 0 < len(budgets) < len(stages):
-                stages = stages[-len(budgets) :]
-        else:
-            stages = check_counts("sparse_layers", layers, 0, depth - 1)
-            if any(a >= b for a, b in pairwise(stages)):
-                raise ValueError(f"sparse_layers={list(layers)}: ascending decoder layers, each once, are allowed.")
+        stages = check_stages(version, geometry.decoder_layers, layers, budgets)
         if version == "1.0":
-            return cls._resolve_ranked(positions, budget, stages, budgets, chosen)
+            return cls(stages, (), **common, **cls._resolve_rank_rule(budget, budgets, chosen))
         for option in ("scale", "bias", "lam"):
             if chosen[option] is not None:
                 raise ValueError(f"sparse_options: {option!r} belongs to version '1.0', not to {version!r}.")
-        if budgets is None:
-            if budget is None:
-                raise ValueError(
-                    "sparse_method='sparsevlm' needs sparse_budget (64, say) or sparse_budgets, tokens per layer."
-                )
-            if len(stages) > 3:
-                raise ValueError(
-                    f"sparse_layers={list(stages)}: sparse_budget expands to at most 3 layers; give sparse_budgets too."
-                )
-            budgets = default_budgets(version, budget, geometry.patches, len(stages))
-        counts = check_counts("sparse_budgets", budgets, 1, geometry.patches, len(stages))
-        return cls(layers=stages, budgets=counts, version=version, positions=positions)
+        counts = check_stage_budgets(cls.name, version, geometry, stages, budget, budgets)
+        if budgets is None and version == "1.5" and not recycle:
+            counts = with_recycled(counts, geometry.patches)
+        return cls(stages, counts, **common)
 
     @classmethod
-    def _resolve_ranked(
-        cls, positions: str, budget: int | None, stages: tuple[int, ...], budgets: object, chosen: dict[str, Any]
-    ) -> SparseVLM:
+    def _resolve_ablations(cls, version: str, chosen: dict[str, Any]) -> tuple[str, bool]:
+        raters = check_choice("raters", chosen["raters"], RATERS)
+        if raters == "all" and version != "1.5":
+            raise ValueError(
+                f"sparse_options: raters='all' belongs to version '1.5', not to {version!r}; allowed: selected, text."
+            )
+        recycle = version != "2.0" if chosen["recycle"] is None else chosen["recycle"]
+        if not isinstance(recycle, bool):
+            raise ValueError(f"sparse_options: recycle={recycle!r}: true or false is allowed.")
+        if recycle and version == "2.0":
+            raise ValueError("sparse_options: recycle=True: version '2.0' recycles nothing; take '1.5' or '1.0'.")
+        return raters, recycle
+
+    @classmethod
+    def _resolve_rank_rule(cls, budget: int | None, budgets: object, chosen: dict[str, Any]) -> dict[str, Any]:
         if budgets is not None:
             raise ValueError(f"sparse_budgets={budgets!r}: version '1.0' finds its budgets from the attention's rank.")
         for option in ("scale", "bias", "lam"):
@@ -257,10 +329,14 @@ class SparseVLM(DecoderSparsifier):
         default = (13.5, 0.0) if budget is None else RANK_SETTINGS.get(budget, (13.5 * budget / 192, 0.0))
         scale = default[0] if chosen["scale"] is None else float(chosen["scale"])
         bias = default[1] if chosen["bias"] is None else float(chosen["bias"])
-        return cls(stages, (), version="1.0", positions=positions, scale=scale, bias=bias, lam=chosen["lam"])
+        return {"scale": scale, "bias": bias, "lam": chosen["lam"]}
+
+    @property
+    def visual_raters(self) -> bool:
+        return self.raters == "all"
 
     def rate(self, visual: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
-        return text_raters(visual, text, text_valid)[0]
+        return text_raters(visual, text, text_valid)[0] if self.raters == "selected" else text_valid
 
     def scores(self, attention: RaterAttention) -> Tensor:
         per_rater = corrected_heads(attention)[0] if self.version == "2.0" else attention.probabilities.mean(1)
@@ -269,7 +345,9 @@ class SparseVLM(DecoderSparsifier):
     def counts(self, stage: int, images: int, attention: RaterAttention) -> list[int]:
         rows, visual = attention.visual_positions.shape
         if self.version != "1.0":
-            return [min(self.budgets[stage] * images, visual - 1)] * rows
+            # Published: one always goes. Recycled it is there again; gone, it would make the ablation shorter.
+            most = visual if self.version == "1.5" and not self.recycle else visual - 1
+            return [min(self.budgets[stage] * images, most)] * rows
         return [self._ranked_count(rank, visual) for rank in attention_rank(attention).tolist()]
 
     def _ranked_count(self, rank: int, visual: int) -> int:
@@ -280,25 +358,18 @@ class SparseVLM(DecoderSparsifier):
         return min(int(rank * self.scale + self.bias), visual - 1)
 
     def merge(self, layer: int, dropped: Tensor) -> tuple[Tensor, Tensor] | None:
-        if self.version == "2.0":
+        if not self.recycle:
             return None
-        rows, count, _ = dropped.shape
-        recycled = int(RECYCLED_SHARE * count) + 1
-        clusters = recycled // CLUSTER_SHARE + 1
-        x = to_float(dropped[:, :recycled])
+        rows, dropped_count, _ = dropped.shape
+        count, clusters = recycled(dropped_count)
+        x = to_float(dropped[:, :count])
         noise = self.density_noise(layer, x)
         with torch.no_grad():
             assignment = density_clusters(x, clusters, noise)[0]
         merged = cluster_mean(x, assignment, clusters, epsilon=1e-6).to(dropped.dtype)
-        padding = assignment.new_full((rows, count - recycled), -1)
+        padding = assignment.new_full((rows, dropped_count - count), -1)
         return merged, torch.cat([assignment, padding], dim=1)
 
     def density_noise(self, layer: int, x: Tensor) -> Tensor | None:
         """Uniform noise `(rows, n)` for the clustering at a pruning layer; None, the default, is deterministic."""
         return None
-
-
-def _choice(option: str, value: object, allowed: list[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"sparse_options: {option}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}.")
-    return str(value)

@@ -41,12 +41,15 @@ class Selection:
             -inf is padding where prompts differ.
         merge_map: `(batch, numbers)` int64 or None where the method never merges: entry *n* is the number of the
             merged token that visual token *n* went into at this stage, -1 if it went into none.
+        raters: `(batch, n)` int64 or None for an encoder method: the tokens of the prompt whose attention gave the
+            scores, as columns of the caller's `input_ids`; -1 stands for tokens that did not rate.
     """
 
     layer: int
     kept: Tensor
     scores: Tensor
     merge_map: Tensor | None = None
+    raters: Tensor | None = None
 
 
 def nearest(name: object, allowed: Sequence[str]) -> str:
@@ -75,6 +78,13 @@ def check_counts(field: str, values: object, low: int, high: int, length: int | 
     ):
         raise ValueError(f"{field}={values!r}: {size} integers from {low} to {high} is allowed.")
     return tuple(entries)
+
+
+def check_choice(option: str, value: object, allowed: Sequence[str]) -> str:
+    """Returns the `value` of an option if it is one of the `allowed` words; raises ValueError otherwise."""
+    if value not in allowed:
+        raise ValueError(f"sparse_options: {option}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}.")
+    return str(value)
 
 
 @dataclass(frozen=True)
@@ -143,9 +153,20 @@ class EncoderSparsifier(Sparsifier):
     def tokens(self) -> int:
         """Visual tokens per image that enter the decoder."""
 
+    @classmethod
+    def check_layer(cls, geometry: Geometry, layers: Sequence[int] | None) -> int:
+        """The one layer of `sparse_layers`, by default the one that LLaVA takes its features from.
+
+        Raises:
+            ValueError: if there are several, or the tower has no such layer.
+        """
+        depth = geometry.encoder_layers
+        given = [geometry.feature_layer] if layers is None else layers
+        return check_counts("sparse_layers", given, -depth, depth - 1, 1)[0]
+
     @abstractmethod
     def reduce(
-        self, hidden: Tensor, cls_attention: Tensor, keys: Tensor
+        self, hidden: Tensor, cls_attention: Tensor, keys: Tensor, pixels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Reduces the output of encoder layer `layers[0]`.
 
@@ -153,6 +174,7 @@ class EncoderSparsifier(Sparsifier):
             hidden: `(images, 1 + patches, channels)` output of the layer, CLS first.
             cls_attention: `(images, heads, patches)` float attention probability of CLS to every patch.
             keys: `(images, heads, 1 + patches, head_dim)` output of the layer's key projection.
+            pixels: `(images, 3, height, width)` as the tower was given them.
 
         Returns:
             features `(images, tokens, channels)`, and for the record: kept `(images, k)` patches, scores
@@ -170,6 +192,8 @@ class RaterAttention:
         raters: `(rows, raters)` bool, false for padding.
         rater_positions, visual_positions: `(rows, raters)`, `(rows, V)` int64 position ids.
         rotary: position ids `(rows, n)` -> float32 `(cos, sin)`, each `(rows, n, head_dim)`.
+        numbers: `(rows, V)` int64, the visual tokens as `Selection` numbers them.
+        fingerprints: `(rows,)` int64, the sum of the method's `fingerprints` over the images of the prompt.
     """
 
     probabilities: Tensor
@@ -177,6 +201,8 @@ class RaterAttention:
     rater_positions: Tensor
     visual_positions: Tensor
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]]
+    numbers: Tensor | None = None
+    fingerprints: Tensor | None = None
 
 
 class DecoderSparsifier(Sparsifier):
@@ -189,6 +215,18 @@ class DecoderSparsifier(Sparsifier):
     kind: ClassVar[str] = "decoder"
     positions: str
 
+    @property
+    def visual_raters(self) -> bool:
+        """Whether the visual tokens rate too, each what it sees.
+
+        `scores` has to be a mean over raters then: it is asked for blocks of them, for there are as many as columns.
+        """
+        return False
+
+    def fingerprints(self, pixels: Tensor) -> Tensor | None:
+        """`(images,)` int64 that identify the images `(images, 3, height, width)`; None where scores need none."""
+        return None
+
     @abstractmethod
     def rate(self, visual: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
         """Which text tokens rate, decided once per prompt from the input embeddings.
@@ -197,7 +235,7 @@ class DecoderSparsifier(Sparsifier):
             visual: `(rows, V, channels)`, text: `(rows, T, channels)`, text_valid: `(rows, T)` bool.
 
         Returns:
-            `(rows, T)` bool, at least one true in each row that has a valid text token.
+            `(rows, T)` bool.
         """
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -33,6 +33,7 @@ class Prompt:
     groups: list[VisualGroup]
     rater_columns: Tensor
     raters: Tensor
+    fingerprints: Tensor
 
     def to(self, device: torch.device) -> Prompt:
         """The prompt where a layer of a model that is spread over devices has left its output."""
@@ -42,6 +43,43 @@ class Prompt:
             f.name: getattr(self, f.name).to(device) for f in fields(self) if torch.is_tensor(getattr(self, f.name))
         }
         return replace(self, **moved, groups=[group.to(device) for group in self.groups])
+
+    def rating_rows(self, visual: bool) -> RatingRows:
+        """The text that may rate at the next pruning layer, behind the visual tokens where these rate too."""
+        # Text in front of the image looks at all of it, as if it stood right behind.
+        text = RatingRows(self.rater_columns, self.raters, torch.maximum(self.rater_columns, self.last[:, None]))
+        if not visual:
+            return text
+        most = max((group.columns.shape[1] for group in self.groups), default=0)
+        columns = self.columns.new_zeros(self.columns.shape[0], most)
+        rates = torch.zeros_like(columns, dtype=torch.bool)
+        for group in self.groups:
+            padding = (0, most - group.columns.shape[1])
+            columns = group.put(columns, nn.functional.pad(group.columns, padding))
+            rates = group.put(rates, nn.functional.pad(torch.ones_like(group.columns, dtype=torch.bool), padding))
+        return RatingRows(
+            torch.cat([columns, text.columns], dim=1),
+            torch.cat([rates, text.rates], dim=1),
+            torch.cat([columns, text.horizon], dim=1),
+        )
+
+
+@dataclass
+class RatingRows:
+    """The rows of attention that a pruning layer is asked for, each `(batch, rows)`.
+
+    Attributes:
+        columns: int64, where they are in the prompt; rates: bool, false for padding and for text that does not rate.
+        horizon: int64, the last column that a row looks at.
+    """
+
+    columns: Tensor
+    rates: Tensor
+    horizon: Tensor
+
+    def blocks(self, size: int) -> Iterator[slice]:
+        """Slices of at most `size` rows."""
+        return (slice(start, start + size) for start in range(0, self.columns.shape[1], size))
 
 
 @dataclass
@@ -61,7 +99,12 @@ class Reduction:
 
 
 def open_prompt(
-    layout: PromptLayout, sparsifier: DecoderSparsifier, embeds: Tensor, position_ids: Tensor, tokens_per_image: int
+    layout: PromptLayout,
+    sparsifier: DecoderSparsifier,
+    embeds: Tensor,
+    position_ids: Tensor,
+    tokens_per_image: int,
+    fingerprints: Tensor | None = None,
 ) -> Prompt:
     """Finds the groups and the raters of a prompt before the first layer."""
     batch, length = layout.visual.shape
@@ -85,6 +128,7 @@ def open_prompt(
         groups=groups,
         rater_columns=rater_columns,
         raters=raters,
+        fingerprints=torch.zeros_like(layout.last) if fingerprints is None else fingerprints.to(embeds.device),
     )
 
 
@@ -153,7 +197,17 @@ def apply_reductions(
         columns = columns.masked_fill(~plan.valid, PADDING)
     hidden = plan.apply(hidden, merged if most else None)
     rater_columns = plan.destination.gather(1, prompt.rater_columns).clamp(0, hidden.shape[1] - 1)
-    return hidden, Prompt(plan.valid, plan.lengths, position_ids, columns, last, groups, rater_columns, prompt.raters)
+    return hidden, Prompt(
+        plan.valid,
+        plan.lengths,
+        position_ids,
+        columns,
+        last,
+        groups,
+        rater_columns,
+        prompt.raters,
+        prompt.fingerprints,
+    )
 
 
 def _next_group(r: Reduction, destination: Tensor, inserted: Tensor | None) -> VisualGroup:
@@ -169,8 +223,9 @@ def _next_group(r: Reduction, destination: Tensor, inserted: Tensor | None) -> V
     return VisualGroup(group.rows, group.index, group.images, columns, numbers, group.next_number + r.merged_count)
 
 
-def record_stage(layer: int, reductions: Sequence[Reduction], batch: int) -> Selection:
+def record_stage(layer: int, reductions: Sequence[Reduction], raters: Tensor) -> Selection:
     """The stage as `Selection` describes it, padded where groups differ."""
+    batch = raters.shape[0]
     device = reductions[0].scores.device if reductions else "cpu"
     widths = [
         max((x.shape[1] for x in column), default=0)
@@ -191,7 +246,7 @@ def record_stage(layer: int, reductions: Sequence[Reduction], batch: int) -> Sel
             merges = True
             into = torch.where(r.merged_into >= 0, r.merged_into + group.next_number, -1)
             merge_map = group.put(merge_map, group.take(merge_map).scatter(1, group.numbers, into))
-    return Selection(layer, kept, scores, merge_map if merges else None)
+    return Selection(layer, kept, scores, merge_map if merges else None, raters)
 
 
 def stage_by_prompt(selection: Selection, images: list[int], patches: int) -> Selection:

@@ -69,7 +69,9 @@ class VisionZip(EncoderSparsifier):
       the most similar key (cosine of head-averaged K); contextual token = target + mean of those that joined.
 
     `budgets` is (D, M) as published: D counts CLS. `sparse_budget` b gives M = round(5b / 32), D = b - M, which is the
-    published split (54+10, 108+20, 162+30) continued to every b from 1 to the number of patches.
+    published split (54+10, 108+20, 162+30) continued to every b from 1 to the number of patches. Ablations at a total
+    of b tokens: (b, 0) is dominant only, (1, b - 1) contextual only, (b - m, m) any split between them; CLS is always
+    there, so that they differ in the patches alone.
     Complexity: N x M similarities per image; no attention matrix, one row of it per head.
     Several images: each is reduced on its own. The layer is the one LLaVA takes its features from, -2 if there are
     several. Departs from the published code in that M = 0 is allowed.
@@ -90,10 +92,7 @@ class VisionZip(EncoderSparsifier):
     ) -> VisionZip:
         cls.check_options(options)
         budget = cls.check_budget(budget, geometry.patches)
-        depth = geometry.encoder_layers
-        (layer,) = check_counts(
-            "sparse_layers", [geometry.feature_layer] if layers is None else layers, -depth, depth - 1, 1
-        )
+        layer = cls.check_layer(geometry, layers)
         if budgets is None:
             if budget is None:
                 raise ValueError(
@@ -115,7 +114,7 @@ class VisionZip(EncoderSparsifier):
         return sum(self.budgets)
 
     def reduce(
-        self, hidden: Tensor, cls_attention: Tensor, keys: Tensor
+        self, hidden: Tensor, cls_attention: Tensor, keys: Tensor, pixels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         dominant, contextual = self.budgets
         scores = cls_attention.sum(1)

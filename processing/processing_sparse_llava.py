@@ -7,8 +7,9 @@ from typing import Any
 from transformers import LlavaProcessor
 
 # The files of this folder import none of the model's, so that either can be pushed alone; a test compares the names.
-ENCODER_METHODS = ("visionzip",)
-DECODER_METHODS = ("sparsevlm",)
+BUDGETS = {"random": ("tokens",), "visionzip": ("dominant", "contextual")}
+ENCODER_METHODS = tuple(BUDGETS)
+DECODER_METHODS = ("random_decoder", "sparsevlm")
 
 
 class SparseLlavaProcessor(LlavaProcessor):
@@ -86,9 +87,14 @@ def _tokens_per_image(method: str | None, budget: int | None, budgets: list[int]
     if method in DECODER_METHODS:
         return None
     if budgets is not None:
+        names = BUDGETS[method]
         entries = list(budgets) if isinstance(budgets, list | tuple) else []
-        if len(entries) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in entries):
-            raise ValueError(f"sparse_budgets={budgets!r}: [dominant, contextual], two numbers of tokens, is allowed.")
+        counts = [n for n in entries if isinstance(n, int) and not isinstance(n, bool) and n >= 0]
+        if not len(entries) == len(counts) == len(names):
+            numbers = "one number" if len(names) == 1 else "two numbers"
+            raise ValueError(
+                f"sparse_budgets={budgets!r}: [{', '.join(names)}], {numbers} of tokens, is allowed for {method!r}."
+            )
     tokens = sum(budgets) if budgets is not None else budget
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"sparse_method={method!r} needs sparse_budget, a positive number of tokens, not {budget!r}.")

@@ -56,4 +56,12 @@ CASES = [
         {"layers": [1, 2], "options": {"version": "1.0", "scale": 2.0, "bias": 1.0}},
     ),
     Case("sparsevlm-1.0-paper", "sparsevlm", {"layers": [1, 2], "options": {"version": "1.0", "lam": 0.7}}),
+    Case(
+        "sparsevlm-ablated",
+        "sparsevlm",
+        {"layers": [0, 2, 3], "budgets": [8, 5, 2], "options": {"raters": "all", "recycle": False}},
+        lengths=[16, 8, 8, 5, 2, 2],
+    ),
+    Case("random", "random", {"budget": 5, "options": {"seed": 3}}, lengths=[5] * 6),
+    Case("random_decoder", "random_decoder", {"layers": [1, 3], "budgets": [6, 3]}, lengths=[16, 16, 6, 6, 3, 3]),
 ]

@@ -55,6 +55,9 @@ SETTINGS = [
     ("sparsevlm", {"layers": [0, 1, 3], "budgets": [60, 30, 10]}),
     ("sparsevlm", {"layers": [0, 1, 3], "budgets": [60, 30, 10], "options": {"version": "2.0"}}),
     ("sparsevlm", {"layers": [0, 2], "options": {"version": "1.0"}}),
+    ("sparsevlm", {"layers": [0, 1, 3], "budgets": [60, 30, 10], "options": {"raters": "all"}}),
+    ("random", {"budget": 20}),
+    ("random_decoder", {"layers": [0, 1], "budgets": [60, 30]}),
 ]
 
 
