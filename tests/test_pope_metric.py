@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,7 +108,10 @@ def test_texts_and_labels_score_alike(metric, predictions, references):
     ("predictions", "references", "message"),
     [
         (["Yes", "No"], ["yes", "maybe"], r"references\[1\] is 'maybe'; allowed: 'yes', 'no', 1, 0"),
-        ([1, 2], [1, 0], r"predictions\[1\] is 2; allowed"),
+        ([1, 2], [1, 0], r"predictions\[1\] is 2; allowed: text, 1, 0"),
+        ([0.7, 0.2], [1, 0], r"predictions\[0\] is 0.7; allowed"),
+        (["Yes", None], [1, 0], r"predictions\[1\] is None; allowed"),
+        (["Yes", "No"], ["yes", ["no"]], r"references\[1\] is \['no'\]; allowed"),
         (["Yes"], ["yes", "no"], "Mismatch"),
         ([], [], "nothing to score"),
     ],
@@ -114,6 +119,36 @@ def test_texts_and_labels_score_alike(metric, predictions, references):
 def test_refuses(metric, predictions, references, message):
     with pytest.raises(ValueError, match=message):
         Pope(keep_in_memory=True).compute(predictions=predictions, references=references)
+
+
+@pytest.mark.parametrize("convert", [np.array, torch.tensor, lambda x: np.array(x, bool)])
+def test_arrays_are_labels(metric, convert):
+    rows = {"predictions": convert([1, 1, 0]), "references": convert([1, 0, 0])}
+    assert metric.compute(**rows) == metric.compute(predictions=[1, 1, 0], references=[1, 0, 0])
+
+
+def test_text_and_labels_mix(metric):
+    """A label after text is not the text of a number, and text after a label is no number."""
+    said, true = ["Yes", 0, False, "No way", 1], [1, "no", "yes", 0, "yes"]
+    scores = metric.compute(predictions=said, references=true)
+    assert scores == metric.compute(predictions=[1, 0, 0, 0, 1], references=[1, 0, 1, 0, 1])
+    for prediction, reference in zip(said, true, strict=True):
+        metric.add(prediction=prediction, reference=reference)
+    assert metric.compute() == scores
+    metric.add_batch(predictions=said[:1], references=true[:1])
+    metric.add_batch(predictions=said[1:], references=true[1:])
+    assert metric.compute() == scores
+
+
+def test_describes_itself(metric):
+    kinds = {tuple(column.dtype for column in features.values()) for features in metric.features}
+    assert kinds == {(p, r) for p in ("string", "int64") for r in ("string", "int64")}
+    assert all(set(features) == {"predictions", "references"} for features in metric.features)
+    assert metric.license and metric.citation and metric.homepage
+    scores = metric.compute(predictions=["Yes"], references=["yes"])
+    assert all(name in metric.inputs_description for name in scores)
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in readme for name in scores)
 
 
 def test_loads_from_its_folder(tmp_path, monkeypatch, metric):

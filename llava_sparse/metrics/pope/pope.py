@@ -22,23 +22,22 @@ _CITATION = """
 
 _INPUTS_DESCRIPTION = """
 Args:
-    predictions: the model's answers as text, or labels: 1 (yes) and 0 (no).
-    references: "yes" and "no", or 1 and 0; as many as predictions.
+    predictions: the model's answers as text, or labels: 1 or True (yes) and 0 or False (no).
+    references: "yes" and "no", or such labels; as many as predictions.
 
 Returns:
     accuracy, precision, recall, f1 and yes_ratio (share of "yes" among the answers), each from 0 to 1; a quotient
     whose divisor is 0 counts as 0.
 
 Raises:
-    ValueError: for a reference or a numeric prediction that is no label, naming its row (from 0); for empty lists.
+    ValueError: for a reference or a prediction that is neither text nor label, naming its row (from 0 in the batch);
+        for empty lists.
 
 Examples:
     >>> pope = evaluate.load("path/to/metrics/pope")
     >>> pope.compute(predictions=["Yes, there is a dog.", "No"], references=["yes", "yes"])
     {'accuracy': 0.5, 'precision': 1.0, 'recall': 0.5, 'f1': 0.6666666666666666, 'yes_ratio': 0.5}
 """
-
-_LABELS = {"yes": True, "no": False, 1: True, 0: False}
 
 
 def parse_answer(text: str) -> str:
@@ -47,10 +46,15 @@ def parse_answer(text: str) -> str:
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
-def _label(value: str | int, what: str, row: int) -> bool:
-    if value not in _LABELS:
-        raise ValueError(f"{what}[{row}] is {value!r}; allowed: 'yes', 'no', 1, 0.")
-    return _LABELS[value]
+def _text(value: Any, what: str, row: int) -> str:
+    """A prediction or reference as text; of NumPy and PyTorch scalars too."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, int) and value in (0, 1):
+        return "yes" if value else "no"
+    if not isinstance(value, str) or (what == "references" and value not in ("yes", "no")):
+        kinds = "'yes', 'no', 1, 0" if what == "references" else "text, 1, 0"
+        raise ValueError(f"{what}[{row}] is {value!r}; allowed: {kinds}.")
+    return value
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS_DESCRIPTION)
@@ -58,7 +62,7 @@ class Pope(evaluate.Metric):
     """The metric module; see `_INPUTS_DESCRIPTION`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        kinds = ("string", "int64")
+        kinds = ("string", "int64")  # Booleans count as integers.
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -68,22 +72,29 @@ class Pope(evaluate.Metric):
                 for p in kinds
                 for r in kinds
             ],
+            homepage="https://github.com/RUCAIBox/POPE",
+            license="Apache-2.0",
             reference_urls=["https://github.com/RUCAIBox/POPE", "https://arxiv.org/abs/2305.10355"],
         )
 
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Adds a row, as `evaluate.Metric` does."""
+        self.add_batch(predictions=[prediction], references=[reference], **kwargs)
+
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Adds rows, as `evaluate.Metric` does; refuses empty lists."""
-        # `evaluate` infers the type of a batch from its first row.
-        if predictions is not None and references is not None and not (len(predictions) and len(references)):
-            raise ValueError("There is nothing to score: predictions or references are empty.")
+        # `evaluate` takes the type of a column from its first row and casts the others: 0 would become the answer "0",
+        # a yes. Text is what all of them are cast to without loss.
+        if predictions is not None and references is not None:
+            predictions = [_text(value, "predictions", row) for row, value in enumerate(predictions)]
+            references = [_text(value, "references", row) for row, value in enumerate(references)]
+            if not predictions or not references:
+                raise ValueError("There is nothing to score: predictions or references are empty.")
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
-    def _compute(self, predictions: list[str | int], references: list[str | int]) -> dict[str, float]:
-        said = [
-            parse_answer(p) == "yes" if isinstance(p, str) else _label(p, "predictions", row)
-            for row, p in enumerate(predictions)
-        ]
-        true = [_label(r, "references", row) for row, r in enumerate(references)]
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        said = [parse_answer(text) == "yes" for text in predictions]
+        true = [label == "yes" for label in references]
         hits = sum(s and t for s, t in zip(said, true, strict=True))
         correct = sum(s == t for s, t in zip(said, true, strict=True))
         precision = hits / sum(said) if any(said) else 0.0

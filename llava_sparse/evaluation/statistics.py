@@ -1,0 +1,389 @@
+"""Scores with their uncertainty, paired tests, agreement of methods, and curves: functions on plain data.
+
+docs/statistics.md says what each number means. An answer is one of the `answers` of a results file: a mapping with
+`split`, `question_id`, `image`, `question`, `label`, `parsed` and, where the model gave one, `score` (log-odds of yes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
+from scipy.stats import bootstrap
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from .curves import SCORE_METRICS, average_precision, calibration, precision_recall_curve, ratio, roc_auc, score_rates
+
+__all__ = [
+    "METRICS",
+    "average_precision",
+    "calibration",
+    "clustered_mean",
+    "cohen_kappa",
+    "compare",
+    "kept_overlap",
+    "pack_kept",
+    "precision_recall_curve",
+    "roc_auc",
+    "summarize",
+    "unique_answers",
+    "unpack_kept",
+]
+
+METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+ROW = ("split", "question_id", "image", "question", "label")
+# Resamples at a time, which bounds the memory for weights (resamples, rows).
+BATCH = 100
+
+Answer = Mapping[str, Any]
+Array = NDArray[Any]
+# Statistics (resamples, ...) of weights (resamples, images).
+Measure = Callable[[Array], Array]
+
+
+def summarize(
+    answers: Sequence[Answer], *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, Any]:
+    """POPE's metrics of one run under each aggregation, with intervals.
+
+    Papers print the mean over the three splits, of accuracy and of F1: `average`.
+
+    Args:
+        answers: of one run, all with a score or none.
+        resamples, confidence, seed: of the bootstrap, which draws images, each with all its questions.
+
+    Returns:
+        `splits`, the metrics of each split; `average`, the mean of each metric over the splits that are there;
+        `pooled`, those of all rows as one set; `unique`, those of `unique_answers`; `bootstrap`, its settings and the
+        number of images. Each set holds its number of `questions` (the average does not), the metrics from 0 to 1,
+        and `intervals`, `[low, high]` for each metric. With scores, roc_auc, average_precision, brier and ece join the
+        metrics, for the probability sigmoid(score); ece has no interval, because resampling biases it upwards.
+
+    Raises:
+        ValueError: for no answers, scores in some rows only or not finite, a pair answered in two ways.
+    """
+    splits, sets = _sets(answers)
+    images, clusters = _numbered(row["image"] for row in answers)
+    positive = np.array([row["label"] == "yes" for row in answers])
+    said = np.array([row["parsed"] == "yes" for row in answers])
+    scores = _scores(answers)
+    cells = np.stack([positive & said, ~positive & said, positive & ~said, ~positive & ~said], axis=-1)
+    counts = np.stack([_sums(cells[rows], images[rows], clusters) for rows in sets], axis=1)
+    names = METRICS if scores is None else METRICS + SCORE_METRICS
+    support = _support(counts)[:, : len(names)]
+    support = np.concatenate([support, support[: len(splits)].min(axis=0, keepdims=True)])
+
+    def measure(weights: Array) -> Array:
+        found = _rates(np.tensordot(weights, counts, 1))
+        if scores is not None:
+            by_set = [score_rates(positive[rows], scores[rows], weights[:, images[rows]]) for rows in sets]
+            found = np.concatenate([found, np.stack(by_set, axis=1)], axis=-1)
+        average = found[:, : len(splits)].mean(axis=1, keepdims=True)
+        return np.concatenate([found, average], axis=1)
+
+    estimates = _intervals(measure, support, resamples, confidence, seed, clusters)
+    *parts, average = (_described(names, *values) for values in zip(*estimates, strict=True))
+    for part, rows in zip(parts, sets, strict=True):
+        part["questions"] = len(rows)
+        if scores is not None:
+            part["ece"] = calibration(positive[rows], expit(scores[rows]))["ece"]
+    *by_split, pooled, unique = parts
+    if scores is not None:
+        average["ece"] = float(np.mean([part["ece"] for part in by_split]))
+    return {
+        "splits": dict(zip(splits, by_split, strict=True)),
+        "average": average,
+        "pooled": pooled,
+        "unique": unique,
+        "bootstrap": {"resamples": resamples, "confidence": confidence, "seed": seed, "images": clusters},
+    }
+
+
+def unique_answers(answers: Sequence[Answer]) -> list[Answer]:
+    """The answers to distinct (image, question) pairs, in the order of their first rows.
+
+    POPE's positive questions repeat in its splits: 5,127 of the official 9,000 rows are distinct. A pair that two rows
+    label differently stays twice.
+
+    Raises:
+        ValueError: if a pair was answered both yes and no.
+    """
+    return [answers[row] for row in _unique_rows(answers)]
+
+
+def compare(
+    entries: Sequence[Mapping[str, Any]], *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Compares every two runs on the same questions.
+
+    McNemar's exact test counts distinct (image, question) pairs, because a positive that stands in three splits is one
+    observation and not three. It takes the pairs as independent, so it ignores that the questions of an image hang
+    together; the interval of the difference respects it.
+
+    Args:
+        entries: runs, `name` and `answers`, all with the same rows in the same order.
+        resamples, confidence, seed: of the bootstrap, as in `summarize`; both runs are measured on the same resamples.
+
+    Returns:
+        for every two runs: `a` and `b`, their names; `pairs`, the number of distinct pairs; `a_only_correct` and
+        `b_only_correct`, the discordant ones; `equal_answers`, the share of pairs answered alike; `kappa`, Cohen's;
+        `difference`, accuracy of a minus that of b over distinct pairs, and its `interval`; `average_difference` and
+        `average_interval`, the same for the mean of the splits' accuracies; `p`, two-sided, and `p_holm`, adjusted
+        for all comparisons of this call.
+
+    Raises:
+        ValueError: if two runs have different rows, and as `summarize` does.
+    """
+    _check_rows(entries)
+    if len(entries) < 2:
+        return []
+    runs = list(combinations(range(len(entries)), 2))
+    rows, *_ = (_unique_rows(entry["answers"]) for entry in entries)
+    said = np.array([[row["parsed"] == "yes" for row in entry["answers"]] for entry in entries])
+    right = said == np.array([row["label"] == "yes" for row in entries[0]["answers"]])
+    compared = [
+        {"a": entries[a]["name"], "b": entries[b]["name"], **_agreement(said[[a, b]][:, rows], right[[a, b]][:, rows])}
+        for a, b in runs
+    ]
+    adjusted = multipletests([comparison["p"] for comparison in compared], method="holm")[1]
+    point, low, high = _differences(entries[0]["answers"], right, runs, resamples, confidence, seed)
+    for k, (comparison, p) in enumerate(zip(compared, adjusted, strict=True)):
+        comparison["p_holm"] = float(p)
+        for row, prefix in enumerate(("", "average_")):
+            comparison[f"{prefix}difference"] = float(point[row, k])
+            comparison[f"{prefix}interval"] = [float(low[row, k]), float(high[row, k])]
+    return compared
+
+
+def cohen_kappa(a: ArrayLike, b: ArrayLike) -> float:
+    """Cohen's kappa of two yes/no raters `(n,)`: agreement beyond chance; 1 where both always say the same thing."""
+    first, second = np.asarray(a, bool), np.asarray(b, bool)
+    chance = first.mean() * second.mean() + (1 - first.mean()) * (1 - second.mean())
+    return 1.0 if chance == 1 else float(((first == second).mean() - chance) / (1 - chance))
+
+
+def clustered_mean(
+    values: ArrayLike,
+    clusters: Iterable[Hashable],
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, list[float]]:
+    """The mean of values `(n,)` from 0 to 1, and its interval `[low, high]`, clusters (n names) drawn as wholes.
+
+    Raises:
+        ValueError: if there are no values, or not as many as cluster names.
+    """
+    values = np.asarray(values, float)
+    numbers, count = _numbered(clusters)
+    if not len(values) or values.shape != numbers.shape:
+        raise ValueError(f"values {values.shape}, clusters {numbers.shape}: a cluster for every value is allowed.")
+    sums = _sums(np.stack([values, np.ones_like(values)], axis=-1), numbers, count)
+
+    def measure(weights: Array) -> Array:
+        total = weights @ sums
+        return total[:, :1] / total[:, 1:]
+
+    point, low, high = _intervals(measure, np.array([count]), resamples, confidence, seed, count)
+    return float(point[0]), [float(low[0]), float(high[0])]
+
+
+def pack_kept(mask: ArrayLike) -> str:
+    """A mask `(patches,)` of kept patches in hexadecimal, eight patches a byte, the first one the highest bit."""
+    return np.packbits(np.asarray(mask, bool)).tobytes().hex()
+
+
+def unpack_kept(packed: str, patches: int) -> Array:
+    """The boolean mask `(patches,)` that `pack_kept` wrote.
+
+    Raises:
+        ValueError: if the text is no such mask of so many patches.
+    """
+    try:
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8)).astype(bool)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"kept {packed!r}: hexadecimal digits are allowed ({error}).") from error
+    if len(bits) != 8 * -(-patches // 8) or bits[patches:].any():
+        raise ValueError(f"kept {packed!r}: a mask of {patches} patches is allowed; these are {len(bits)} bits.")
+    return bits[:patches]
+
+
+def kept_overlap(a: ArrayLike, b: ArrayLike) -> float:
+    """Mean over pictures of the overlap of kept patches, intersection over union; 1 where neither keeps any.
+
+    Args:
+        a, b: boolean masks `(n, patches)` of two runs.
+
+    Raises:
+        ValueError: for different or empty shapes.
+    """
+    first, second = np.asarray(a, bool), np.asarray(b, bool)
+    if first.shape != second.shape or first.ndim != 2 or not first.size:
+        raise ValueError(f"masks {first.shape} and {second.shape}: two of the same shape (n, patches) are allowed.")
+    both, either = (first & second).sum(axis=1), (first | second).sum(axis=1)
+    return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
+
+
+def _sets(answers: Sequence[Answer]) -> tuple[list[str], list[Array]]:
+    """The splits, and row numbers: of each split, of all rows, of distinct pairs."""
+    if not answers:
+        raise ValueError("There are no answers to score; at least one is needed.")
+    of_row = np.array([row["split"] for row in answers])
+    splits = list(dict.fromkeys(of_row.tolist()))
+    by_split = [np.flatnonzero(of_row == split) for split in splits]
+    return splits, [*by_split, np.arange(len(answers)), np.array(_unique_rows(answers))]
+
+
+def _unique_rows(answers: Sequence[Answer]) -> list[int]:
+    first: dict[tuple[str, str, str], int] = {}
+    for number, row in enumerate(answers):
+        earlier = answers[first.setdefault((row["image"], row["question"], row["label"]), number)]
+        if row["parsed"] != earlier["parsed"]:
+            raise ValueError(f"{row['image']}, {row['question']!r}: answered yes and no; one answer a pair is allowed.")
+    return list(first.values())
+
+
+def _numbered(names: Iterable[Hashable]) -> tuple[Array, int]:
+    """The number of each name, and how many there are."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], int), len(numbers)
+
+
+def _scores(answers: Sequence[Answer]) -> Array | None:
+    """Scores `(rows,)`, None if no row has one."""
+    found = [row.get("score") for row in answers]
+    if all(score is None for score in found):
+        return None
+    for row, score in zip(answers, found, strict=True):
+        if score is None or not np.isfinite(score):
+            raise ValueError(f"{row['image']}, {row['question']!r}: score {score}; a number in all rows is allowed.")
+    return np.array(found, float)
+
+
+def _check_rows(entries: Sequence[Mapping[str, Any]]) -> None:
+    for entry in entries[1:]:
+        first, other = ([tuple(row[key] for key in ROW) for row in e["answers"]] for e in (entries[0], entry))
+        if first != other:
+            names = f"{entries[0]['name']} and {entry['name']}"
+            different = (i for i, (x, y) in enumerate(zip(first, other, strict=False)) if x != y)
+            row = next(different, min(len(first), len(other)))
+            raise ValueError(f"{names} differ in row {row} of their answers; runs on the same questions are allowed.")
+
+
+def _agreement(said: Array, right: Array) -> dict[str, Any]:
+    """Counts, McNemar's test and agreement of two runs `(2, pairs)`."""
+    only_a, only_b = (int(n) for n in ((right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum()))
+    return {
+        "pairs": said.shape[1],
+        "a_only_correct": only_a,
+        "b_only_correct": only_b,
+        "equal_answers": float((said[0] == said[1]).mean()),
+        "kappa": cohen_kappa(*said),
+        "p": float(mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue),
+    }
+
+
+def _differences(
+    answers: Sequence[Answer],
+    right: Array,
+    runs: list[tuple[int, int]],
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> tuple[Array, Array, Array]:
+    """Differences of accuracy with their bounds, each `(2, runs)`: over distinct pairs, and mean over splits."""
+    splits, (*by_split, _, unique) = _sets(answers)
+    images, clusters = _numbered(row["image"] for row in answers)
+    sets = [*by_split, unique]
+    counts = np.concatenate([right, np.ones_like(right[:1])]).T
+    sums = np.stack([_sums(counts[rows], images[rows], clusters) for rows in sets], axis=1)
+    a, b = np.array(runs).T
+
+    def measure(weights: Array) -> Array:
+        total = np.tensordot(weights, sums, 1)
+        accuracy = ratio(total[..., :-1], total[..., -1:])
+        difference = accuracy[..., a] - accuracy[..., b]
+        return np.stack([difference[:, -1], difference[:, : len(splits)].mean(axis=1)], axis=1)
+
+    having = (sums[..., -1] > 0).sum(axis=0)
+    support = np.array([[having[-1]], [having[:-1].min()]])
+    return _intervals(measure, support, resamples, confidence, seed, clusters, lowest=-1)
+
+
+def _sums(values: Array, clusters: Array, count: int) -> Array:
+    """Sums `(count, k)` of the rows of `values` `(rows, k)` in each cluster."""
+    sums = np.zeros((count, values.shape[1]))
+    np.add.at(sums, clusters, values)
+    return sums
+
+
+def _rates(cells: Array) -> Array:
+    """`METRICS` `(..., 5)` of true and false positives, false and true negatives `(..., 4)`."""
+    hits, alarms, misses, _ = np.moveaxis(cells, -1, 0)
+    total = cells.sum(axis=-1)
+    precision, recall = ratio(hits, hits + alarms), ratio(hits, hits + misses)
+    f1 = ratio(2 * precision * recall, precision + recall)
+    accuracy = ratio(total - alarms - misses, total)
+    return np.stack([accuracy, precision, recall, f1, ratio(hits + alarms, total)], axis=-1)
+
+
+def _support(counts: Array) -> Array:
+    """Images `(sets, 8)` on which each of `METRICS` and `SCORE_METRICS` rests, from cells `(images, sets, 4)`."""
+    hits, alarms, misses, rest = np.moveaxis(counts, -1, 0)
+    yes, no, said, wrong = hits + misses, alarms + rest, hits + alarms, alarms + misses
+    rests_on = [yes + no, said, yes, hits + wrong, yes + no]
+    images = [(column > 0).sum(axis=0) for column in rests_on]
+    both = np.minimum(images[2], (no > 0).sum(axis=0))
+    return np.stack([*images, both, images[2], images[0]], axis=-1)
+
+
+def _described(names: Sequence[str], point: Array, low: Array, high: Array) -> dict[str, Any]:
+    bounds = np.stack([low, high], axis=-1).tolist()
+    return {**dict(zip(names, point.tolist(), strict=True)), "intervals": dict(zip(names, bounds, strict=True))}
+
+
+def _intervals(
+    measure: Measure,
+    support: Array,
+    resamples: int,
+    confidence: float,
+    seed: int,
+    clusters: int,
+    lowest: int = 0,
+) -> tuple[Array, Array, Array]:
+    """Statistics and their lower and upper bounds, percentiles of a bootstrap that draws whole clusters.
+
+    Percentiles stay in the range of the statistic and are finite; BCa is undefined where resamples agree.
+    Where they all agree, or there is a single cluster, the bounds would coincide. There they are moved apart by the
+    exact binomial bound on the share of clusters that are unlike the `support` ones seen.
+    """
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(f"confidence={confidence}, resamples={resamples}: between 0 and 1, and 1 or more are allowed.")
+
+    def statistic(index: Array, axis: int) -> Array:
+        drawn = index + clusters * np.arange(len(index))[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=index.size).reshape(index.shape)
+        return np.moveaxis(measure(weights.astype(float)), 0, -1)
+
+    point = measure(np.ones((1, clusters)))[0]
+    low = high = point
+    if clusters > 1:
+        low, high = bootstrap(
+            (np.arange(clusters),),
+            statistic,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=BATCH,
+            confidence_level=confidence,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    unseen = np.where(support > 0, 1 - ((1 - confidence) / 2) ** (1 / np.maximum(support, 1)), 1)
+    margin = np.where(low == high, unseen, 0)
+    return point, np.maximum(low - margin, lowest), np.minimum(high + margin, 1)
