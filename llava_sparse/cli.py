@@ -10,10 +10,13 @@ import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 app = typer.Typer(
     help="Pruning of visual tokens for LLaVA models. Without --model, the small embedded reference model is used.",
@@ -33,55 +36,136 @@ Device = Annotated[str, typer.Option(help="What torch calls it, or auto: the fir
 Attention = Annotated[str | None, typer.Option(help="Attention backend: sdpa, eager, flash_attention_2, ...")]
 
 
-@app.command(epilog="Example: llava-sparse pope --methods dense,visionzip,sparsevlm --budget 64 --output results.json")
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _check_numbers(text: str) -> str:
+    try:
+        _numbers(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: whole numbers, separated by commas, are allowed") from None
+    return text
+
+
+@app.command(epilog="Example: llava-sparse pope --methods dense,visionzip,sparsevlm --budgets 192,128,64 -o run.json")
 def pope(
     model: Model = None,
-    dataset: Annotated[str, typer.Option(help="reference, lmms-lab/POPE, or a folder laid out alike.")] = "reference",
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "dense,visionzip,sparsevlm",
-    budget: Budget = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 8,
+    dataset: Annotated[
+        str, typer.Option(help="reference, lmms-lab/POPE, a parquet file, or a folder (docs/data.md).")
+    ] = "reference",
+    config: Annotated[str | None, typer.Option(help="Configuration of the Hub's dataset: default or Full.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="Folder of official question files.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of their pictures.")] = None,
+    split: Annotated[str | None, typer.Option(help="Splits, separated by commas; all if left out.")] = None,
+    ids: Annotated[Path | None, typer.Option(help="File of question ids, one a line.")] = None,
+    variant: Annotated[str | None, typer.Option(help="8910: the questions that LLaVA's scripts score.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per split; all if left out.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for settings, scores and every answer.")] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read rows as they are needed.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="List rows that cannot be used; go on.")] = False,
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas; options behind colons: sparsevlm:raters=all.")
+    ] = "dense,visionzip,sparsevlm",
+    budgets: Annotated[
+        str,
+        typer.Option("--budget", "--budgets", callback=_check_numbers, help="Visual tokens retained, e.g. 192,128,64."),
+    ] = "64",
+    seeds: Annotated[
+        str, typer.Option(callback=_check_numbers, help="Of methods that draw at random, e.g. 0,1,2.")
+    ] = "0",
+    answer_mode: Annotated[str, typer.Option(help="text, or logits: Yes against No at the first token.")] = "text",
+    prompt: Annotated[
+        str | None,
+        typer.Option(help=r"Template with <image> and {question}; \n is a new line. LLaVA-1.5's if left out."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
+    grouping: Annotated[bool, typer.Option(help="Encode a picture once for all its questions.")] = True,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file for results. Run again, it goes on where it was.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn_implementation: Attention = None,
 ) -> None:
-    """Evaluate methods on POPE: accuracy, precision, recall, F1 and yes ratio of three splits."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    """Evaluate methods on POPE: accuracy, precision, recall, F1 and yes ratio, with intervals and paired tests.
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=log, disable=not log.is_terminal) as progress:
-        loading = progress.add_task("loading", total=None)
-        tasks: dict[str, TaskID] = {}
-
-        def advance(method: str, done: int, total: int) -> None:
-            if method not in tasks:
-                progress.update(loading, visible=False)
-                tasks[method] = progress.add_task(method)
-            progress.update(tasks[method], completed=done, total=total)
-
+    Started by `accelerate launch -m llava_sparse.cli pope` or `torchrun`, several processes share the questions.
+    """
+    first = int(os.environ.get("RANK", "0")) == 0
+    subset = {
+        "config": config, "annotations": annotations, "images": images, "split": _names(split), "ids": ids,
+        "variant": variant, "streaming": streaming,
+    }  # fmt: skip
+    with _Advance(shown=first) as advance:
         _prepare()
-        from .evaluation import evaluate_pope, table
+        from .evaluation import comparison_table, evaluate_pope, split_methods, table
 
         results = evaluate_pope(
             model,
             dataset,
-            [name.strip() for name in methods.split(",")],
-            budget,
+            split_methods(methods),
+            _numbers(budgets),
+            seeds=_numbers(seeds),
             batch_size=batch_size,
             limit=limit,
+            answer_mode=answer_mode,
+            prompt=None if prompt is None else prompt.replace(r"\n", "\n"),
+            grouped=grouping,
+            skip_bad=skip_bad,
             output=output,
             on_progress=advance,
+            on_notice=lambda text: log.print(f"llava-sparse: {text}", markup=False),
+            subset={name: value for name, value in subset.items() if value},
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,
         )
+    if not first:
+        return
     out = Console()
     if not out.is_terminal:
         out = Console(width=120)
     out.print(table(results))
+    if results["comparisons"]:
+        out.print(comparison_table(results))
+    for message in results["questions"]["skipped"]:
+        log.print(f"skipped: {message}", markup=False)
     if output is not None:
-        log.print(f"Settings, scores and every answer: {output}")
+        log.print(f"Settings, scores and every answer: {output}", markup=False)
+
+
+class _Advance:
+    """Shows how far each run is: bars on a terminal, else a line when a run begins and ends."""
+
+    def __init__(self, shown: bool) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._lines = shown and not log.is_terminal
+        self._progress = Progress(*columns, console=log, disable=not (shown and log.is_terminal))
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> _Advance:
+        self._progress.start()
+        self._loading = self._progress.add_task("loading", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, run: str, done: int, total: int) -> None:
+        if run not in self._tasks:
+            self._progress.update(self._loading, visible=False)
+            self._tasks[run] = self._progress.add_task(run)
+            if self._lines:
+                log.print(f"{run}: {done} of {total} questions answered", markup=False, highlight=False)
+        elif self._lines and done == total:
+            log.print(f"{run}: {done} of {total} questions answered", markup=False, highlight=False)
+        self._progress.update(self._tasks[run], completed=done, total=total)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 @app.command(
@@ -109,6 +193,85 @@ def ask(
         loaded = load_model(model, dtype, device, attn_implementation)
     pruned = loaded.with_method(method, budget)
     typer.echo(ask_model(pruned, loaded.processor, picture, question, loaded.prompt(short_answer=False)))
+
+
+@app.command(
+    epilog='Example: llava-sparse visualize picture.jpg "Is there a dog in the image?" --methods visionzip,sparsevlm'
+)
+def visualize(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="A question about it.")],
+    model: Model = None,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "visionzip,sparsevlm",
+    budget: Budget = 64,
+    output: Annotated[Path, typer.Option(help="The figure: a .png, .svg or .pdf file.")] = Path("figure.png"),
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn_implementation: Attention = None,
+) -> None:
+    """Draw which patches of a picture methods keep, merge and drop, and which words of the question decide."""
+    with _status("loading"):
+        _prepare()
+        from .drawing import draw
+        from .evaluation import load_model, split_methods
+        from .evaluation.models import check_methods, read_picture
+        from .visualize import check_figure_output, model_view, trace
+
+        names = split_methods(methods)
+        check_methods(names)
+        check_figure_output(output)
+        picture = read_picture(image)
+        loaded = load_model(model, dtype, device, attn_implementation)
+    traces = [trace(loaded, picture, question, name, budget) for name in names]
+    draw(model_view(loaded.processor, picture), question, traces).savefig(output, dpi=160)
+    for traced in traces:
+        typer.echo(f"{traced.method}: {traced.answer} ({traced.flow} visual tokens)")
+    log.print(f"Figure: {output}", soft_wrap=True, markup=False)
+
+
+@app.command(
+    "pope-build",
+    epilog="Example: llava-sparse pope-build --objects instances_val2014.json --images-limit 500 --output built",
+)
+def pope_build(
+    objects: Annotated[Path, typer.Option(help="Objects of every image: JSON lines, or COCO's instances.")],
+    output: Annotated[Path, typer.Option(help="Folder for the three question files.")],
+    questions: Annotated[int, typer.Option(min=2, help="Questions per image and split; even.")] = 6,
+    images_limit: Annotated[int | None, typer.Option(min=1, help="Images; all if left out.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+) -> None:
+    """Build POPE's questions from object annotations: random, popular and adversarial."""
+    with _status("building"):
+        from .evaluation.build import write_pope
+
+        built = write_pope(objects, output, questions, images_limit, seed)
+    for file in built.files:
+        typer.echo(file)
+    typer.echo(
+        f"{built.questions:,} questions a file about {built.images:,} images; {built.skipped:,} images skipped: "
+        f"fewer than {questions // 2} distinct objects, or than {questions // 2} absent categories.",
+        err=True,
+    )
+
+
+@app.command(epilog="Example: llava-sparse report results/run.json --html report.html")
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Results files of pope, or folders of them.")],
+    html: Annotated[Path | None, typer.Option(help="The page; report.html if nothing else is to be written.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="The same in Markdown, without figures.")] = None,
+    objects: Annotated[Path | None, typer.Option(help="Boxes of the objects in the pictures, JSON lines.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures.")] = None,
+) -> None:
+    """Write a page on results: tables with intervals and tests, figures, failure modes, examples."""
+    if html is None and markdown is None:
+        html = Path("report.html")
+    with _status("writing the report"):
+        from .evaluation.html_report import report as write_report
+
+        write_report(results, html, markdown, objects=objects, images=images)
+    for path in (html, markdown):
+        if path is not None:
+            log.print(f"Report: {path}", soft_wrap=True, markup=False)
 
 
 @app.command(epilog="Example: llava-sparse methods")

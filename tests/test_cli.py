@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from llava_sparse import cli, evaluation
+from llava_sparse.evaluation import plan_runs, split_methods
 from llava_sparse.reference import CHECKPOINT, SCENES
 
 PICTURE = str(SCENES / "images" / "scene_000001.jpg")
@@ -92,6 +93,16 @@ def test_pope_on_a_folder(run):
         (["pope", "--methods", "dense,vision-zip"], 1, "'vision-zip' is unknown (did you mean 'visionzip'?)"),
         (["pope", "--budget", "0", "--limit", "1"], 1, "sparse_budget=0: an integer from 1 to 576"),
         (["pope", "--budget", "many"], 2, "Invalid value for '--budget'"),
+        (["pope", "--budgets", "64,"], 2, "'64,': whole numbers, separated by commas, are allowed"),
+        (["pope", "--seeds", "x"], 2, "Invalid value for '--seeds'"),
+        (["pope", "--budgets", "64,64", "--limit", "1"], 1, "visionzip@64 is there 2 times"),
+        (["pope", "--methods", "sparsevlm:rater=all"], 1, "'rater=all' is no option (did you mean 'raters'?)"),
+        (["pope", "--methods", "sparsevlm:raters=any", "--limit", "1"], 1, "raters='any'"),
+        (["pope", "--answer-mode", "logit"], 1, "answer_mode 'logit' is unknown; allowed: text, logits"),
+        (["pope", "--prompt", "{question}"], 1, "<image> has to be in it once; it is there 0 times"),
+        (["pope", "--split", "rondom"], 1, "rondom"),
+        (["pope", "--variant", "9000"], 1, "'8910' is allowed"),
+        (["pope", "--annotations", "no-such-folder", "--images", "."], 1, "no-such-folder"),
         (["pope", "--limit", "0"], 2, "Invalid value for '--limit'"),
         (["pope", "--dataset", "no-such-folder"], 1, "no-such-folder: no such folder; a dataset is 'reference'"),
         (["pope", "--dataset", "lmms-lab/POPE"], 1, "is there a network?"),
@@ -166,3 +177,41 @@ def test_runs_as_a_module():
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "llava-sparse: error: no-such-file.jpg: no such file.\n"
+
+
+def test_runs_of_methods_budgets_seeds_and_options():
+    runs = plan_runs(
+        split_methods("dense, visionzip:budgets=[54,10],sparsevlm:raters=all:recycle=false,random"), [64, 32], [0, 1]
+    )
+    assert [run.name for run in runs] == [
+        "dense",
+        "visionzip:budgets=[54,10]",
+        "sparsevlm:raters=all:recycle=false@64",
+        "sparsevlm:raters=all:recycle=false@32",
+        "random@64#0",
+        "random@64#1",
+        "random@32#0",
+        "random@32#1",
+    ]
+    assert runs[1].sparsity == {"budget": None, "layers": None, "budgets": [54, 10], "options": None}
+    assert runs[2].options == {"raters": "all", "recycle": False}
+    assert runs[5].sparsity == {"budget": 64, "layers": None, "budgets": None, "options": {"seed": 1}}
+    assert plan_runs(["sparsevlm:version=2.0"], [64])[0].options == {"version": "2.0"}
+
+
+def test_pope_with_several_budgets_prompt_and_logits(run, tmp_path):
+    output = tmp_path / "run.json"
+    code, out, _ = run(
+        "pope", "--methods", "visionzip,random", "--budgets", "64,16", "--limit", 4, "--answer-mode", "logits",
+        "--prompt", r"USER: <image>\n{question} ASSISTANT:", "--split", "popular", "-o", output,
+    )  # fmt: skip
+    assert code == 0
+    assert "Pairs of runs" in out
+    results = json.loads(output.read_text())
+    assert [entry["name"] for entry in results["methods"]] == [
+        "visionzip@64", "visionzip@16", "random@64#0", "random@16#0",
+    ]  # fmt: skip
+    assert len(results["comparisons"]) == 6
+    assert results["settings"]["prompt"] == "USER: <image>\n{question} ASSISTANT:"
+    assert list(results["methods"][0]["splits"]) == ["popular"]
+    assert 0 <= results["methods"][0]["scores"]["average"]["roc_auc"] <= 1

@@ -197,6 +197,51 @@ def test_refused_files(folder):
         load_pope(folder / "nowhere")
 
 
+def test_byte_order_mark_and_line_ends_of_other_systems(folder):
+    lines = "\r\n".join(json.dumps(question(number)) for number in range(5))
+    (folder / "tiny_pope_random.json").write_bytes(f"\ufeff{lines}\r\n\r\n".encode())
+    dataset = load_pope(folder)
+    assert list(dataset["question_id"])[:5] == ["0", "1", "2", "3", "4"]
+    assert dataset[1]["question"] == "Is there a thing 1 in the image?"
+
+
+def test_messages_are_short_and_name_the_row(folder):
+    for row in (question(2, label="x" * 10**7), question(2, image="x" * 10**7), "[" * 10**7, '{"question_id": NaN}'):
+        write(folder, "random", [question(1), row])
+        with pytest.raises(ValueError, match=r"tiny_pope_random\.json, row 2: ") as caught:
+            load_pope(folder)
+        assert len(str(caught.value)) < 300
+        assert "\n" not in str(caught.value)
+    (folder / "tiny_pope_random.json").write_bytes(json.dumps(question(1)).encode() + b"\n\xe9\n")
+    with pytest.raises(ValueError, match=r"tiny_pope_random.json: the file is not UTF-8 text \(row 2: "):
+        load_pope(folder, on_bad=print)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_rows_are_left_out_and_reported(folder, streaming):
+    write(
+        folder,
+        "random",
+        [question(1), question(2, label="x"), "{", question(3, image="b.png"), question(1), question(4)],
+    )
+    messages: list[str] = []
+    dataset = load_pope(folder, split="random", streaming=streaming, on_bad=messages.append)
+    for _ in range(2):  # a second pass has nothing new to report
+        assert [row["question_id"] for row in dataset] == ["1", "4"]
+    assert [text.partition(": ")[0] for text in messages] == [f"tiny_pope_random.json, row {n}" for n in (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_a_split_of_bad_rows_is_an_error_all_the_same(folder, limit):
+    write(folder, "popular", [question(1, image="b.png"), question(2, answer="no", label=None)])
+    with pytest.raises(ValueError, match=r"tiny_pope_popular\.json: there are no questions of the split popular"):
+        load_pope(folder, limit, on_bad=lambda message: None)
+    (folder / "tiny_pope_popular.json").write_text("")
+    with pytest.raises(ValueError, match=r"tiny_pope_popular\.json: there are no questions of the split popular"):
+        load_pope(folder, limit)
+    assert len(load_pope(folder, limit, split="random")) == min(limit or 4, 4)
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     line=st.one_of(
@@ -218,6 +263,29 @@ def test_whatever_a_file_holds_is_loaded_or_refused(folder, line):
         assert rows == 1 + bool(line.decode().strip("\ufeff").strip())
     else:
         assert "tiny_pope_random.json" in error
+
+
+PIECES = st.sampled_from(
+    [json.dumps(question(1)), '{"question_id": 2', ', "image": "a.png"', "}", "\n", "\r", "\ufeff", "NaN"]
+)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    content=st.one_of(st.binary(), st.lists(PIECES).map(lambda pieces: "".join(pieces).encode())), skip=st.booleans()
+)
+def test_any_file_is_valid_or_refused(folder, content, skip):
+    (folder / "tiny_pope_random.json").write_bytes(content)
+    error, skipped, rows = "", [], []
+    try:
+        rows = list(load_pope(folder, split="random", on_bad=skipped.append if skip else None))
+    except ValueError as caught:
+        error = str(caught)
+    assert "tiny_pope_random.json" in error if error else rows
+    for row in rows:
+        assert list(row) == list(FEATURES)
+        assert row["answer"] in ("yes", "no") and row["question"].strip() and row["image"].size == (20, 10)
+    assert all(text.startswith("tiny_pope_random.json, row ") for text in skipped)
 
 
 def hub_dataset(**changes) -> datasets.Dataset:
@@ -248,9 +316,38 @@ def test_hub_dataset(monkeypatch):
     assert dataset[0]["image"].size == (8, 6)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_dataset_with_a_split_for_each_strategy(monkeypatch, streaming):
+    asked = []
+
+    def load_dataset(*args, split, **options):
+        asked.append((*args, split, *options))
+        part = hub_dataset().filter(lambda name: name == split, input_columns="category")
+        return part.to_iterable_dataset() if streaming else part
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    dataset = load_pope("lmms-lab/POPE", config="Full", split=["adversarial", "random"], streaming=streaming)
+    options = ["streaming"] * streaming
+    assert asked == [("lmms-lab/POPE", "Full", split, *options) for split in ("random", "adversarial")]
+    assert dataset.features == FEATURES
+    assert [(row["category"], row["question_id"]) for row in dataset] == [("random", "2"), ("adversarial", "0")]
+    assert [row["image"].size for row in dataset] == [(8, 6)] * 2
+
+
+def test_hub_dataset_streamed(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: hub_dataset().to_iterable_dataset())
+    dataset = load_pope("lmms-lab/POPE", config="default", streaming=True)
+    assert [row["question_id"] for row in dataset] == ["2", "1", "0"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: hub_dataset(answer="perhaps").to_iterable_dataset())
+    with pytest.raises(ValueError, match="lmms-lab/POPE, row 2: label 'perhaps'"):
+        list(load_pope("lmms-lab/POPE", streaming=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"image": None}, "lmms-lab/POPE, row 2: the picture is missing"),
+        ({"image": Image.new("RGB", (9, 9))}, "lmms-lab/POPE, row 2: image_source 'COCO.*' is another picture"),
         ({"answer": "perhaps"}, "lmms-lab/POPE, row 2: label 'perhaps'"),
         ({"category": "easy"}, "lmms-lab/POPE, row 2: category 'easy'; allowed: random, popular, adversarial"),
         ({"category": "random"}, "lmms-lab/POPE: there are no questions of the split popular"),

@@ -14,21 +14,25 @@ from safetensors.torch import load_file, save_file
 
 import llava_sparse
 from llava_sparse.evaluation import (
+    Asker,
     LoadedModel,
-    answer_questions,
     ask,
     evaluate_pope,
     load_model,
     load_pope,
-    mean_visual_tokens,
-    runner,
+    plan_runs,
     score,
     table,
 )
+from llava_sparse.evaluation.answer_log import AnswerLog
+from llava_sparse.evaluation.answering import MAX_NEW_TOKENS
 from llava_sparse.evaluation.models import read_picture
+from llava_sparse.evaluation.statistics import unpack_kept
+from llava_sparse.evaluation.units import Pictures, plan_units
 from llava_sparse.reference import CHECKPOINT
 
 METHODS = ["dense", "visionzip", "sparsevlm"]
+RUNS = ["dense", "visionzip@64", "sparsevlm@64"]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +45,16 @@ def results(reference, tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("results") / "results.json"
     returned = evaluate_pope(reference, methods=METHODS, budget=64, limit=8, batch_size=5, output=output)
     written = json.loads(output.read_text(encoding="utf-8"))
-    assert written == returned
-    assert [file.name for file in output.parent.iterdir()] == ["results.json"]
-    return written
+    timing = json.loads((output.parent / "results.timing.json").read_text())
+    assert {**written, "timing": timing} == returned
+    names = sorted(file.name for file in output.parent.iterdir())
+    assert names == ["results.answers.jsonl", "results.json", "results.timing.json"]
+    return {**written, "log": (output.parent / names[0]).read_text(encoding="utf-8"), "timing": timing}
+
+
+@pytest.fixture
+def results_log(results) -> list[dict]:
+    return [json.loads(line) for line in results["log"].splitlines()]
 
 
 def test_settings_and_versions(results):
@@ -51,18 +62,27 @@ def test_settings_and_versions(results):
         "model": "reference",
         "dtype": "float32",
         "device": "cpu",
-        "threads": torch.get_num_threads(),
         "attn_implementation": "sdpa",
+        "weights_sha256": results["settings"]["weights_sha256"],
         "dataset": "reference",
+        "questions_sha256": results["settings"]["questions_sha256"],
         "methods": METHODS,
-        "budget": 64,
+        "budgets": [64],
+        "seeds": [0],
         "limit": 8,
         "batch_size": 5,
         "prompt": "USER: <image>\n{question} ASSISTANT:",
+        "answer_mode": "text",
+        "grouped": True,
         "max_new_tokens": 16,
     }
     assert results["versions"]["llava_sparse"] == llava_sparse.__version__
     assert {"python", "torch", "transformers", "platform"} <= results["versions"].keys()
+    assert results["timing"]["threads"] == torch.get_num_threads()
+    for name in RUNS:
+        timing = results["timing"]["runs"][name]
+        assert timing["questions"] == results["questions"]["asked"]
+        assert timing["questions_per_second"] == pytest.approx(timing["questions"] / timing["seconds"])
 
 
 def test_every_question_is_scored_and_each_pair_asked_once(results):
@@ -110,45 +130,223 @@ def test_table_has_a_row_for_each_split_and_the_average(results):
     assert f"{results['questions']['asked']} distinct" in str(shown.caption)
 
 
-def test_answers_do_not_depend_on_batches_or_order(reference):
+def test_answers_are_those_of_generate_whatever_the_batches(reference):
     dataset = load_pope(limit=4)
     prompt = reference.prompt(short_answer=True)
     alone = [ask(reference.model, reference.processor, row["image"], row["question"], prompt) for row in dataset]
     assert set(alone) == {"Yes", "No"}
-    shuffled = dataset.shuffle(seed=1)
-    expected = dict(zip(zip(dataset["image_source"], dataset["question"], strict=True), alone, strict=True))
     for batch_size in (1, 3, 50):
-        answers = answer_questions(reference.model, reference.processor, shuffled, prompt, batch_size)
-        assert answers.texts == [expected[row["image_source"], row["question"]] for row in shuffled]
+        (entry,) = evaluate_pope(reference, methods=["dense"], limit=4, batch_size=batch_size)["methods"]
+        assert [answer["answer"] for answer in entry["answers"]] == alone
 
 
-def test_progress_and_preprocessing_once_a_picture(reference, monkeypatch):
-    dataset = load_pope(limit=6)
-    encoded, steps = [], []
-    encode = runner._encode
-    monkeypatch.setattr(runner, "_encode", lambda *a: encoded.append(1) or encode(*a))
-    answers = answer_questions(
-        reference.model, reference.processor, dataset, reference.prompt(True), 2, lambda *step: steps.append(step)
+CROSSED = ["dense", "visionzip", "sparsevlm", "sparsevlm:version=2.0"]
+
+
+@pytest.mark.parametrize("mode", ["text", "logits"])
+def test_grouping_changes_no_prediction(reference, mode):
+    grouped, alone = (
+        evaluate_pope(reference, methods=CROSSED, limit=10, answer_mode=mode, grouped=grouped, batch_size=7)
+        for grouped in (True, False)
     )
-    assert len(encoded) == len(set(dataset["image_source"]))
-    assert steps[-1] == (answers.distinct, answers.distinct)
-    assert [done for done, _ in steps] == sorted({done for done, _ in steps})
+    for one, other in zip(grouped["methods"], alone["methods"], strict=True):
+        assert [a["parsed"] for a in one["answers"]] == [a["parsed"] for a in other["answers"]]
+        if mode == "logits":
+            scores = [[a["score"] for a in entry["answers"]] for entry in (one, other)]
+            assert scores[0] == pytest.approx(scores[1], abs=2e-3)
+            assert {a["answer"] for a in one["answers"]} == {"Yes", "No"}
+            assert all((a["score"] > 0) == (a["parsed"] == "yes") for a in one["answers"])
+        assert one["visual_tokens"] == other["visual_tokens"] or other["visual_tokens"] is None
 
 
-def test_finished_methods_survive_a_failure(reference, tmp_path, monkeypatch):
-    answer = runner.answer_questions
+def test_longer_answers_are_those_of_generate(reference):
+    """Captions of several words, which end at different lengths, behind a shared prefix and not."""
+    prompt = "USER: <image>\n{question} ASSISTANT:"
+    rows = load_pope(limit=8).select(range(8))
+    pictures = list({row["image_source"]: row["image"].convert("RGB") for row in rows}.values())
+    owners = [number for number in range(len(pictures)) for _ in range(2)]
+    questions = ["What is in the image?", "Is there a dog in the image?"] * len(pictures)
+    for run in plan_runs(["dense", "visionzip", "sparsevlm"], [64]):
+        model = reference.with_run(run)
+        asker = Asker(model, reference.processor, prompt)
+        said = asker.answer(asker.pixels(pictures), owners, questions, batch_size=5)
+        expected = [
+            ask(model, reference.processor, pictures[owner], question, prompt, MAX_NEW_TOKENS)
+            for owner, question in zip(owners, questions, strict=True)
+        ]
+        assert [answer.text for answer in said] == expected
+        assert len({len(text) for text in expected}) > 2
 
-    def fail_when_pruned(model, *args):
-        if getattr(model.model, "sparsifier", None) is not None:
-            raise RuntimeError("out of memory")
-        return answer(model, *args)
 
-    monkeypatch.setattr(runner, "answer_questions", fail_when_pruned)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        evaluate_pope(reference, methods=METHODS, limit=2, output=tmp_path / "results.json")
-    written = json.loads((tmp_path / "results.json").read_text())
+@pytest.mark.parametrize("case", tiny.CASES, ids=lambda case: case.name)
+def test_every_method_grouped_and_not(case, dense, processor):
+    """Random weights and prompts of different lengths."""
+    model = llava_sparse.sparsify(dense, case.method, **case.settings)
+    questions = ["is it red", "what is there now", "is it"]
+    grouped, alone = (
+        Asker(model, processor, "<image> {question}", grouped=grouped).answer(
+            torch.cat([tiny.inputs(processor, tiny.QUESTIONS)["pixel_values"][:2]]), [0, 1, 1], questions, 2
+        )
+        for grouped in (True, False)
+    )
+    assert [answer.text for answer in grouped] == [answer.text for answer in alone]
+    assert all(len(answer.kept) == len(model.model.sparsifier.layers) or model.model.sparsifier.kind == "encoder"
+               for answer in grouped)  # fmt: skip
+
+
+def test_kept_patches_and_tokens_are_recorded(results_log):
+    header, *lines = results_log
+    assert header["format"] == "llava-sparse answers 1"
+    kept = {name: [len(line["kept"]) for line in lines if line["run"] == name] for name in RUNS}
+    assert [set(counts) for counts in kept.values()] == [{0}, {1}, {3}]
+    for line in lines:
+        sizes = [int(unpack_kept(mask, 576).sum()) for mask in line["kept"]]
+        most = {"dense": [], "visionzip@64": [53], "sparsevlm@64": [66, 30, 17]}[line["run"]]
+        # Later stages of SparseVLM may keep merged tokens too, which are no patches.
+        assert sizes[:1] == most[:1]
+        assert all(few <= many for few, many in zip(sizes, most, strict=True))
+
+
+def test_each_picture_is_preprocessed_once_a_run(reference, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Pictures, "_rgb", lambda self, name: seen.append(name) or self._row(name)["image"])
+    steps = []
+    evaluate_pope(reference, methods=["dense"], limit=6, on_progress=lambda *step: steps.append(step))
+    assert len(seen) == len(set(seen)) == len(set(load_pope(limit=6)["image_source"]))
+    assert steps[0][1] == 0 and steps[-1][1] == steps[-1][2]
+    assert [done for _, done, _ in steps] == sorted({done for _, done, _ in steps})
+
+
+def test_finished_answers_survive_a_failure(reference, tmp_path, monkeypatch):
+    answer = Asker.answer
+
+    def fail_when_pruned(self, *args):
+        if getattr(self.model.model, "sparsifier", None) is not None:
+            raise ValueError("broken")
+        return answer(self, *args)
+
+    output = tmp_path / "results.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(Asker, "answer", fail_when_pruned)
+        with pytest.raises(ValueError, match="broken"):
+            evaluate_pope(reference, methods=METHODS, limit=2, output=output)
+    written = json.loads(output.read_text())
     assert [entry["method"] for entry in written["methods"]] == ["dense"]
     assert len(written["methods"][0]["answers"]) == 6
+    evaluate_pope(reference, methods=METHODS, limit=2, output=output)
+    evaluate_pope(reference, methods=METHODS, limit=2, output=tmp_path / "whole.json")
+    assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_a_log_cut_anywhere_is_continued_to_the_same_bytes(reference, tmp_path):
+    settings = {"methods": ["dense", "visionzip"], "limit": 4, "batch_size": 3}
+    output = tmp_path / "run.json"
+    evaluate_pope(reference, **settings, output=output)
+    log = tmp_path / "run.answers.jsonl"
+    whole, results = log.read_bytes(), output.read_bytes()
+    second = whole.index(b"\n", whole.index(b"\n") + 1)
+    for cut in (0, 5, whole.index(b"\n") + 1, second - 3, second + 1, len(whole) * 2 // 3, len(whole) - 1, len(whole)):
+        log.write_bytes(whole[:cut])
+        output.unlink(missing_ok=True)
+        evaluate_pope(reference, **settings, output=output)
+        assert (log.read_bytes(), output.read_bytes()) == (whole, results), cut
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch_size": 4}, "was begun with batch_size=3, now it is 4"),
+        ({"budget": 32}, r"was begun with budgets=\[64\], now it is \[32\]"),
+        ({"methods": ["dense"]}, "was begun with methods="),
+        ({"limit": 3}, "was begun with limit=2, now it is 3"),
+        ({"answer_mode": "logits"}, "was begun with answer_mode='text'"),
+        ({"prompt": "<image> {question}"}, "was begun with prompt="),
+    ],
+)
+def test_a_changed_setting_is_refused(reference, tmp_path, changed, message):
+    settings = {"methods": ["visionzip"], "limit": 2, "batch_size": 3, "output": tmp_path / "run.json"}
+    evaluate_pope(reference, **settings)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        evaluate_pope(reference, **{**settings, **changed})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_other_weights_are_refused(reference, tmp_path, copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["language_model.lm_head.weight" if "language_model.lm_head.weight" in weights else "lm_head.weight"] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    settings = {"methods": ["dense"], "limit": 1, "output": tmp_path / "run.json"}
+    evaluate_pope(LoadedModel(reference.model, reference.processor, "a", False), **settings)
+    other = load_model(copy, dtype="float32")
+    with pytest.raises(ValueError, match="was begun with weights_sha256="):
+        evaluate_pope(LoadedModel(other.model, other.processor, "a", False), **settings)
+
+
+def test_two_evaluations_do_not_write_one_log(reference, tmp_path):
+    with_lock = AnswerLog(tmp_path / "run.answers.jsonl", {}, {})
+    try:
+        with pytest.raises(OSError, match="another evaluation is writing it"):
+            evaluate_pope(reference, methods=["dense"], limit=1, output=tmp_path / "run.json")
+    finally:
+        with_lock.close()
+
+
+def test_foreign_files_are_not_taken_for_logs(reference, tmp_path):
+    log = tmp_path / "run.answers.jsonl"
+    for text in ("my notes\n", "[]\n", '{"format": "other"}\n'):
+        log.write_text(text)
+        with pytest.raises(ValueError, match="log of answers"):
+            evaluate_pope(reference, methods=["dense"], limit=1, output=tmp_path / "run.json")
+        assert log.read_text() == text
+
+
+def test_out_of_memory_halves_the_batch(reference, monkeypatch):
+    answer, sizes, notices = Asker.answer, [], []
+
+    def small_memory(self, pixels, owners, questions, batch_size):
+        sizes.append(batch_size)
+        if batch_size > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return answer(self, pixels, owners, questions, batch_size)
+
+    monkeypatch.setattr(Asker, "answer", small_memory)
+    halved = evaluate_pope(reference, methods=["dense"], limit=4, batch_size=12, on_notice=notices.append)
+    assert sizes[:3] == [12, 6, 3] and set(sizes[2:]) == {3}
+    assert notices == [f"out of memory: going on with {n} questions at a time" for n in (6, 3)]
+    monkeypatch.undo()
+    whole = evaluate_pope(reference, methods=["dense"], limit=4, batch_size=12)
+    assert halved["methods"] == whole["methods"]
+    monkeypatch.setattr(
+        Asker, "answer", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate_pope(reference, methods=["dense"], limit=1, batch_size=2)
+
+
+def test_streamed_questions_give_the_same_answers(reference):
+    streamed, whole = (
+        evaluate_pope(reference, methods=["visionzip"], subset={"split": "popular", **extra}, limit=6)
+        for extra in ({"streaming": True}, {})
+    )
+    assert streamed["methods"][0]["answers"] == whole["methods"][0]["answers"]
+
+
+def test_skipped_rows_show_in_the_results(reference, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (50, 50)).save(tmp_path / "images" / "a.png")
+    for split in ("random", "popular", "adversarial"):
+        rows = [
+            {"question_id": n, "image": image, "text": f"Is there a {n} in the image?", "label": label}
+            for n, (image, label) in enumerate([("a.png", "yes"), ("b.png", "no"), ("a.png", "maybe")])
+        ]
+        (tmp_path / f"x_pope_{split}.json").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="row 2"):
+        evaluate_pope(reference, tmp_path, methods=["dense"])
+    questions = evaluate_pope(reference, tmp_path, methods=["dense"], skip_bad=True)["questions"]
+    assert len(questions["skipped"]) == 6
+    assert questions["scored"] == 3
+    assert "b.png" in questions["skipped"][0] and "row 2" in questions["skipped"][0]
 
 
 @pytest.mark.parametrize(
@@ -157,13 +355,17 @@ def test_finished_methods_survive_a_failure(reference, tmp_path, monkeypatch):
         ({"methods": ["dense", "vizionzip"]}, ValueError, r"did you mean 'visionzip'\?\); allowed: dense, "),
         ({"methods": ["dense", "dense"]}, ValueError, "at most once"),
         ({"methods": []}, ValueError, "one at least"),
+        ({"methods": ["visionzip:dominnat=1"]}, ValueError, "is no option"),
+        ({"budget": []}, ValueError, "one at least"),
+        ({"answer_mode": "logit"}, ValueError, "allowed: text, logits"),
+        ({"prompt": "<image>"}, ValueError, "{question} has to be in it once; it is there 0 times"),
         ({"methods": ["visionzip"], "budget": 577}, ValueError, "sparse_budget=577: an integer from 1 to 576"),
         ({"output": "/no/such/folder/results.json"}, OSError, "a file in a folder that exists"),
         ({"dataset": "/no/such/folder"}, FileNotFoundError, "no such folder"),
     ],
 )
 def test_refused_before_anything_is_asked(reference, monkeypatch, settings, error, message):
-    monkeypatch.setattr(runner, "answer_questions", lambda *a: pytest.fail("asked"))
+    monkeypatch.setattr(Asker, "answer", lambda *a: pytest.fail("asked"))
     with pytest.raises(error, match=message):
         evaluate_pope(reference, **{"limit": 1, **settings})
 
@@ -173,33 +375,45 @@ def test_batch_size_below_one(reference):
         evaluate_pope(reference, limit=1, batch_size=0)
 
 
-def test_undecodable_picture_names_the_question(reference):
+def test_undecodable_picture_is_named():
     dataset = load_pope(limit=2)
     rows = dataset.remove_columns("image").to_list()
     broken = type(dataset).from_list(
         [{**row, "image": {"path": None, "bytes": b"?"}} for row in rows], dataset.features
     )
-    with pytest.raises(ValueError, match=r"question \d+: image 'scene_000000.jpg' cannot be decoded"):
-        answer_questions(reference.model, reference.processor, broken, reference.prompt(True))
+    with pytest.raises(ValueError, match=r"image 'scene_000000.jpg' cannot be decoded"):
+        Pictures(broken, rows).of([("scene_000000.jpg", "")])
+
+
+def test_units_hold_whole_pictures():
+    rows = [{"image_source": image, "question": str(n)} for n, image in enumerate("aabbbbbcaad")]
+    units = plan_units(rows, 4)
+    assert [[image for image, _ in unit] for unit in units] == [list("aaaa"), list("bbbbb"), list("cd")]
+    streamed = plan_units(rows, 4, streamed=True)
+    assert [[image for image, _ in unit] for unit in streamed] == [list("aa"), list("bbbbb"), list("caad")]
+    assert [pair for unit in streamed for pair in unit] == [(row["image_source"], row["question"]) for row in rows]
+    assert sum(map(len, plan_units(rows + rows, 4))) == len(rows)
 
 
 def test_score_of_known_answers():
-    dataset = load_pope(limit=4)
-    always_yes = score(dataset, ["Yes"] * 12)["average"]
+    rows = load_pope(limit=4).remove_columns("image").to_list()
+    always_yes = score(rows, ["Yes"] * 12)["average"]
     assert always_yes == pytest.approx(dict(accuracy=0.5, precision=0.5, recall=1, f1=2 / 3, yes_ratio=1))
-    right = score(dataset, [answer.capitalize() for answer in dataset["answer"]])
+    right = score(rows, [row["answer"].capitalize() for row in rows])
     assert right["average"] == pytest.approx(dict(accuracy=1, precision=1, recall=1, f1=1, yes_ratio=0.5))
     assert Counter(row["split"] for row in right["answers"]) == {"random": 4, "popular": 4, "adversarial": 4}
 
 
 @pytest.mark.parametrize("case", [c for c in tiny.CASES if c.lengths], ids=lambda case: case.name)
 def test_mean_visual_tokens(case, dense, processor):
-    inputs = tiny.inputs(processor, tiny.QUESTIONS)
-    assert mean_visual_tokens(dense, inputs) == tiny.PATCHES
+    pixels = tiny.inputs(processor, tiny.QUESTIONS)["pixel_values"][:1]
+    prompt = "<image> {question}"
+    assert Asker(dense, processor, prompt).answer(pixels, [0], ["is it"], 1)[0].visual_tokens == tiny.PATCHES
     model = llava_sparse.sparsify(dense, case.method, **case.settings)
+    (answer,) = Asker(model, processor, prompt).answer(pixels, [0], ["is it"], 1)
     after_each_layer = [*case.lengths[1:], case.lengths[-1]]
     if model.model.sparsifier.layers[-1] < tiny.LAYERS - 1:
-        assert mean_visual_tokens(model, inputs) == pytest.approx(sum(after_each_layer) / tiny.LAYERS)
+        assert answer.visual_tokens == pytest.approx(sum(after_each_layer) / tiny.LAYERS)
 
 
 def test_prompt_for_models_that_know_the_words(reference):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import llava_sparse
 from llava_sparse.modeling.sparsifier import nearest
 from llava_sparse.reference import CHECKPOINT
 
-DENSE = "dense"
+from .runs import DENSE, Run, plan_runs
+
 # Stands for the image in a prompt, whatever a tokenizer calls it.
 IMAGE_TOKEN = "<image>"
+QUESTION = "{question}"
 MODEL_TYPES = ("llava", "sparse_llava")
 # Published evaluations of LLaVA-1.5 ask for a short answer in these words.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -47,32 +50,44 @@ class LoadedModel:
         suffix = SHORT_ANSWER if short_answer and self.knows_short_answer else ""
         return f"USER: {IMAGE_TOKEN}\n{{question}}{suffix} ASSISTANT:"
 
+    def with_run(self, run: Run) -> Any:
+        """The model pruned as a run says, or dense, on the same weights.
+
+        Raises:
+            ValueError: for an invalid budget, layer or option.
+        """
+        if hasattr(self.model, "set_sparsity"):
+            self.model.set_sparsity(None if run.method == DENSE else run.method, **run.sparsity)
+            return self.model
+        return self.model if run.method == DENSE else llava_sparse.sparsify(self.model, run.method, **run.sparsity)
+
     def with_method(self, method: str, budget: int | None = None) -> Any:
-        """The model pruned by a method, or dense, on the same weights.
+        """The model pruned by a method with its default options, or dense, on the same weights.
 
         Raises:
             ValueError: for an unknown method or an invalid budget.
         """
-        check_methods([method])
-        given = (None, None) if method == DENSE else (method, budget)
-        if hasattr(self.model, "set_sparsity"):
-            self.model.set_sparsity(*given)
-            return self.model
-        return self.model if method == DENSE else llava_sparse.sparsify(self.model, *given)
+        return self.with_run(plan_runs([method], [budget])[0])
 
 
-def check_methods(methods: list[str]) -> None:
-    """Checks names of methods; `"dense"` is one of them.
+def check_methods(methods: Sequence[str]) -> None:
+    """Checks names of methods, with their options if any; `"dense"` is one of them.
 
     Raises:
         ValueError: for an unknown name, with the nearest known one, for a repeated one, and for none at all.
     """
-    known = [DENSE, *llava_sparse.list_methods()]
-    for method in methods:
-        if method not in known:
-            raise ValueError(f"method {method!r} is unknown{nearest(method, known)}; allowed: {', '.join(known)}.")
-    if not methods or len(set(methods)) < len(methods):
-        raise ValueError(f"methods {methods}: each of {', '.join(known)} at most once, one at least, is allowed.")
+    plan_runs(methods, [None])
+
+
+def check_prompt(prompt: str) -> None:
+    """Checks a prompt template.
+
+    Raises:
+        ValueError: if `<image>` or `{question}` is not in it exactly once.
+    """
+    for part in (IMAGE_TOKEN, QUESTION):
+        if prompt.count(part) != 1:
+            raise ValueError(f"prompt {prompt!r}: {part} has to be in it once; it is there {prompt.count(part)} times.")
 
 
 def load_model(
@@ -180,7 +195,8 @@ def fill_prompt(prompt: str, question: str, image_tokens: str) -> str:
     """
     if IMAGE_TOKEN in question:
         raise ValueError(f"question {question!r}: text without {IMAGE_TOKEN} is allowed; the picture is put before it.")
-    return prompt.replace(IMAGE_TOKEN, image_tokens).replace("{question}", question)
+    before, after = prompt.replace(IMAGE_TOKEN, image_tokens).split(QUESTION)
+    return f"{before}{question}{after}"
 
 
 @torch.inference_mode()

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from rich.table import Table
 
 import llava_sparse
-from llava_sparse.metrics.pope.pope import Pope, parse_answer
+from llava_sparse.metrics.pope.pope import parse_answer
 from llava_sparse.reference import CHECKPOINT
 
-from .data import SPLITS
 from .models import LoadedModel
+from .runs import Run
+from .statistics import METRICS, summarize
 
-METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
-
-def score(dataset: datasets.Dataset, texts: list[str]) -> dict[str, Any]:
-    """Scores answers by split.
+def score(
+    rows: Sequence[Mapping[str, Any]], texts: Sequence[str], scores: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """Scores answers.
 
     Args:
-        dataset: questions, as from `load_pope`.
-        texts: one answer for every row.
+        rows: questions with the columns of `load_pope` but the image.
+        texts: one answer for every row; scores: their log-odds of yes, if there are any.
 
     Returns:
-        `splits`, the metrics of each split and the number of questions they count; `average`, the mean of each metric
-        over the splits; `answers`, one entry for every row.
+        `scores`, all of `statistics.summarize`; `splits` and `average`, the bare numbers of its parts of that name;
+        `answers`, one entry for every row.
     """
-    questions = dataset.remove_columns("image").to_list()
-    answers = [
+    answers: list[dict[str, Any]] = [
         {
             "split": row["category"],
             "question_id": row["question_id"],
@@ -45,25 +47,27 @@ def score(dataset: datasets.Dataset, texts: list[str]) -> dict[str, Any]:
             "answer": text,
             "parsed": parse_answer(text),
         }
-        for row, text in zip(questions, texts, strict=True)
+        for row, text in zip(rows, texts, strict=True)
     ]
-    metric = Pope(keep_in_memory=True)
-    splits = {}
-    for split in SPLITS:
-        rows = [row for row in answers if row["split"] == split]
-        scores = metric.compute(predictions=[r["answer"] for r in rows], references=[r["label"] for r in rows])
-        splits[split] = {"questions": len(rows), **scores}
-    average = {name: sum(splits[split][name] for split in SPLITS) / len(SPLITS) for name in METRICS}
-    return {"splits": splits, "average": average, "answers": answers}
-
-
-def count_questions(dataset: datasets.Dataset) -> dict[str, Any]:
-    """Questions of each split, all of which are scored, and the distinct (image, question) pairs that are asked."""
-    categories = list(dataset["category"])
-    pairs = set(zip(dataset["image_source"], dataset["question"], strict=True))
+    if scores is not None:
+        answers = [{**answer, "score": value} for answer, value in zip(answers, scores, strict=True)]
+    found = summarize(answers)
     return {
-        "splits": {split: categories.count(split) for split in SPLITS},
-        "scored": len(categories),
+        "scores": found,
+        "splits": {
+            split: {name: part[name] for name in ("questions", *METRICS)} for split, part in found["splits"].items()
+        },
+        "average": {name: found["average"][name] for name in METRICS},
+        "answers": answers,
+    }
+
+
+def count_questions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Questions of each split, all of which are scored, and the distinct (image, question) pairs that are asked."""
+    pairs = {(row["image_source"], row["question"]) for row in rows}
+    return {
+        "splits": dict(Counter(row["category"] for row in rows)),
+        "scored": len(rows),
         "asked": len(pairs),
         "images": len({image for image, _ in pairs}),
         "note": "Each distinct (image, question) pair is asked once; its answer is scored in every split that has it.",
@@ -76,21 +80,35 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "model": "reference" if loaded.name == str(CHECKPOINT) else loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
-        "threads": torch.get_num_threads(),
         "attn_implementation": loaded.model.config._attn_implementation,
+        "weights_sha256": _fingerprint(loaded.model),
     }
 
 
-def describe_method(name: str, model: Any, budget: int | None) -> dict[str, Any]:
-    """Name and settings of the method that a model runs, as they are in force."""
+def _fingerprint(model: Any) -> str:
+    """A digest of some numbers of every weight: answers of a retrained model are not those of the old one."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        if weight.device.type == "meta":  # Offloaded.
+            continue
+        some = weight.flatten()[:: max(1, weight.numel() // 64)]
+        digest.update(name.encode() + some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe_run(run: Run, model: Any) -> dict[str, Any]:
+    """Name and settings of a run, as they are in force."""
     method = getattr(model.model, "sparsifier", None)
     return {
-        "method": name,
+        "name": run.name,
+        "method": run.method,
         "kind": None if method is None else method.kind,
-        "budget": budget,
+        "budget": run.budget,
+        "seed": run.seed,
         "layers": None if method is None else list(method.layers),
         "budgets": None if method is None else list(method.budgets),
         "options": getattr(model.config, "sparse_options", None),
+        "patches": (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2,
     }
 
 
@@ -119,8 +137,13 @@ def check_output(path: str | Path) -> None:
         raise OSError(f"{path}: results cannot be written there; a file in a folder that exists is allowed.")
 
 
-def write_results(results: dict[str, Any], path: str | Path) -> None:
-    """Writes results as JSON, replacing the file in one step.
+def timing_path(output: str | Path) -> Path:
+    """What a results file is accompanied by: `run.json`, `run.timing.json`."""
+    return Path(output).with_suffix(".timing.json")
+
+
+def write_json(results: dict[str, Any], path: str | Path) -> None:
+    """Writes a JSON file, replacing an old one in one step.
 
     Raises:
         OSError: if it cannot be written.
@@ -132,13 +155,15 @@ def write_results(results: dict[str, Any], path: str | Path) -> None:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """A row for each split and their average, for every method; scores in percent."""
+    """A row for each split and their average, for every run; scores in percent."""
     counts = results["questions"]
     sizes = ", ".join(f"{split} {size:,}" for split, size in counts["splits"].items())
+    skipped = f" {len(counts['skipped']):,} rows were skipped." if counts["skipped"] else ""
     shown = Table(
         title=f"POPE, {results['settings']['dataset']}",
         caption=f"Questions scored: {sizes}. {counts['asked']:,} distinct (image, question) pairs of "
-        f"{counts['images']:,} images were asked once each and reused across the splits.",
+        f"{counts['images']:,} images were asked once each and reused across the splits.{skipped} In brackets: "
+        "95 % interval, images resampled.",
         caption_justify="left",
         pad_edge=False,
     )
@@ -151,15 +176,47 @@ def table(results: dict[str, Any]) -> Table:
     for entry in results["methods"]:
         shown.add_section()
         head = [
-            entry["method"],
+            entry["name"].partition("@")[0],
             "–" if entry["budget"] is None else str(entry["budget"]),
-            f"{entry['visual_tokens']:.1f}".removesuffix(".0"),
+            "–" if entry["visual_tokens"] is None else f"{entry['visual_tokens']:.1f}".removesuffix(".0"),
         ]
         for split, scores in entry["splits"].items():
             shown.add_row(*head, split, *_percent(scores), "")
             head = ["", "", ""]
-        speed = f"{entry['questions_per_second']:.1f}"
-        shown.add_row(*head, "average", *_percent(entry["average"]), speed, style="bold")
+        speed = results.get("timing", {}).get("runs", {}).get(entry["name"], {}).get("questions_per_second")
+        average = _percent(entry["average"])
+        low, high = entry["scores"]["average"]["intervals"]["accuracy"]
+        average[0] += f" [{100 * low:.1f}, {100 * high:.1f}]"
+        shown.add_row(*head, "average", *average, f"{speed:.1f}" if speed else "–", style="bold")
+    return shown
+
+
+def comparison_table(results: dict[str, Any]) -> Table:
+    """A row for every two runs: who is right where the other is not, and how sure the difference is."""
+    shown = Table(
+        title="Pairs of runs",
+        caption="Over distinct (image, question) pairs. p: McNemar's exact test, Holm's correction over the table. The "
+        "difference of accuracies has its 95 % interval, images resampled.",
+        caption_justify="left",
+        pad_edge=False,
+    )
+    for name in ("a", "b"):
+        shown.add_column(name)
+    for name in ("a − b, points", "only a right", "only b right", "p", "p (Holm)", "equal answers", "kappa"):
+        shown.add_column(name, justify="right")
+    for pair in results["comparisons"]:
+        low, high = pair["interval"]
+        shown.add_row(
+            pair["a"],
+            pair["b"],
+            f"{100 * pair['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+            str(pair["a_only_correct"]),
+            str(pair["b_only_correct"]),
+            f"{pair['p']:.2g}",
+            f"{pair['p_holm']:.2g}",
+            f"{100 * pair['equal_answers']:.1f}",
+            f"{pair['kappa']:.2f}",
+        )
     return shown
 
 

@@ -1,212 +1,259 @@
-"""Asking a model POPE's questions, and scoring what it says."""
+"""Asking a model POPE's questions with many methods and budgets, and scoring what it says."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from torch import Tensor
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from .answer_log import AnswerLog, Key, log_path
+from .answering import ANSWER_MODES, MAX_NEW_TOKENS, Answer, Asker
 from .data import load_pope
-from .models import DENSE, LoadedModel, check_methods, fill_prompt, load_model
-from .report import check_output, count_questions, describe_method, describe_model, score, versions, write_results
+from .models import LoadedModel, check_prompt, load_model
+from .processes import Processes, join_processes
+from .report import (
+    check_output,
+    count_questions,
+    describe_model,
+    describe_run,
+    score,
+    timing_path,
+    versions,
+    write_json,
+)
+from .runs import Run, plan_runs
+from .statistics import compare, pack_kept
+from .units import Pictures, Unit, plan_units, read_rows
 
-MAX_NEW_TOKENS = 16
+# Called with the run's name, the distinct questions answered and those there are.
+Progress = Callable[[str, int, int], None]
+Notice = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a model said.
+@dataclass
+class Evaluation:
+    """What the runs of one evaluation share.
 
     Attributes:
-        texts: one answer for every row of the dataset.
-        tokens: visual tokens per decoder layer, on average over the layers and the first batch.
-        distinct: distinct (image, question) pairs, each of which was asked once.
-        seconds: time it took, pictures included.
+        questions: all rows, without pictures; units: what is answered together, in order.
+        batch_size: halved where memory does not suffice.
     """
 
-    texts: list[str]
-    tokens: float
-    distinct: int
-    seconds: float
+    loaded: LoadedModel
+    dataset: Any
+    rows: list[dict[str, Any]]
+    units: list[Unit]
+    prompt: str
+    answer_mode: str
+    grouped: bool
+    batch_size: int
+    log: AnswerLog
+    processes: Processes
+    on_progress: Progress
+    on_notice: Notice
+    resumed: int = 0
+    timing: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-
-@torch.inference_mode()
-def answer_questions(
-    model: Any,
-    processor: Any,
-    dataset: datasets.Dataset,
-    prompt: str,
-    batch_size: int = 8,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Answers:
-    """Answers every question of a dataset greedily, asking each distinct (image, question) pair once.
-
-    Args:
-        model: dense or pruned.
-        processor: writes a placeholder for every patch.
-        dataset: with the columns of `load_pope`.
-        prompt: as from `LoadedModel.prompt`.
-        on_progress: called with the pairs answered and the pairs in all.
-
-    Raises:
-        ValueError: for a batch size below 1, a picture that cannot be decoded, a question with an image token.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: a positive number is allowed.")
-    pairs = list(zip(dataset["image_source"], dataset["question"], strict=True))
-    row_of = {source: row for row, (source, _) in enumerate(pairs)}
-    # Questions about one picture stand together, so that it is decoded and preprocessed once.
-    order = sorted(dict.fromkeys(pairs), key=lambda pair: pair[0])
-    texts: dict[tuple[str, str], str] = {}
-    tokens = None
-
-    @lru_cache(maxsize=batch_size)
-    def encoded(source: str) -> tuple[Tensor, int]:
-        return _encode(processor, _picture(dataset, row_of[source]), model)
-
-    start, paused = time.perf_counter(), 0.0
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        images = [encoded(source) for source, _ in batch]
-        prompts = [
-            fill_prompt(prompt, question, processor.image_token * placeholders)
-            for (_, question), (_, placeholders) in zip(batch, images, strict=True)
-        ]
-        text = processor.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-        inputs = {
-            "input_ids": text["input_ids"],
-            "attention_mask": text["attention_mask"],
-            "pixel_values": torch.cat([pixels for pixels, _ in images]),
+    def run(self, run: Run, number: int) -> None:
+        """Answers what the log lacks of a run, the `number`-th: one unit a process, then the next ones."""
+        total = sum(map(len, self.units))
+        first = min(max(self.resumed - number * len(self.units), 0), len(self.units))
+        done = sum(map(len, self.units[:first]))
+        self.on_progress(run.name, done, total)
+        asker = Asker(self.loaded.with_run(run), self.loaded.processor, self.prompt, self.answer_mode, self.grouped)
+        pictures = Pictures(self.dataset, self.rows)
+        start, fresh = time.perf_counter(), 0
+        for begin in range(first, len(self.units), self.processes.count):
+            own = begin + self.processes.rank
+            lines = self._answer(asker, run, self.units[own], pictures) if own < len(self.units) else []
+            for part in self.processes.gather(lines):
+                self.log.add(part)
+                fresh += len(part)
+            self.on_progress(run.name, done + fresh, total)
+        seconds = time.perf_counter() - start
+        self.timing[run.name] = {
+            "questions": fresh,
+            "seconds": seconds,
+            "questions_per_second": fresh / seconds if fresh else None,
         }
-        ids = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_NEW_TOKENS)
-        said = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        texts.update(zip(batch, (text.strip() for text in said), strict=True))
-        if tokens is None:
-            measured = time.perf_counter()
-            tokens = mean_visual_tokens(model, inputs)
-            paused = time.perf_counter() - measured
-        if on_progress:
-            on_progress(len(texts), len(order))
-    seconds = time.perf_counter() - start - paused
-    return Answers([texts[pair] for pair in pairs], tokens or 0.0, len(order), seconds)
+
+    def _answer(self, asker: Asker, run: Run, unit: Unit, pictures: Pictures) -> list[dict[str, Any]]:
+        """The log's lines for a unit, in smaller batches where memory does not suffice."""
+        found = pictures.of(unit)
+        while True:
+            try:
+                pixels = asker.pixels(list(found.values()))
+                owners = [list(found).index(source) for source, _ in unit]
+                answers = asker.answer(pixels, owners, [question for _, question in unit], self.batch_size)
+                break
+            except Exception as error:
+                if not should_reduce_batch_size(error) or self.batch_size == 1:
+                    raise
+            self.batch_size //= 2
+            clear_device_cache()
+            self.on_notice(f"out of memory: going on with {self.batch_size} questions at a time")
+        return [_line(run, pair, answer) for pair, answer in zip(unit, answers, strict=True)]
 
 
-def _picture(dataset: datasets.Dataset, row: int) -> Any:
-    """The picture of a row, `(height, width)` as it is stored."""
-    try:
-        image = dataset[row]["image"]
-        if image is None:
-            raise ValueError("there is none")
-        return image.convert("RGB")
-    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to.
-        question = dataset.remove_columns("image")[row]
-        raise ValueError(
-            f"{question['category']} split, question {question['question_id']}: image {question['image_source']!r} "
-            "cannot be decoded; a readable picture is allowed."
-        ) from error
-
-
-def _encode(processor: Any, image: Any, model: Any) -> tuple[Tensor, int]:
-    """Pixel values `(1, 3, height, width)` of an image, and the number of placeholders that its prompt needs."""
-    inputs = processor(images=[image], text=[processor.image_token], return_tensors="pt")
-    placeholders = int((inputs["input_ids"] == processor.image_token_id).sum())
-    return inputs["pixel_values"].to(model.device, model.dtype), placeholders
-
-
-@torch.inference_mode()
-def mean_visual_tokens(model: Any, inputs: dict[str, Tensor]) -> float:
-    """Visual tokens after each decoder layer, averaged over layers and prompts, as the papers count.
-
-    Args:
-        inputs: `input_ids` and `attention_mask` `(batch, length)` and `pixel_values`, one image a prompt.
-
-    Returns:
-        all patches for a dense model, what enters the decoder for an encoder method, the measured mean otherwise.
-    """
-    patches = int((inputs["input_ids"] == model.config.image_token_id).sum()) / len(inputs["input_ids"])
-    method = getattr(model.model, "sparsifier", None)
-    if method is None:
-        return patches
-    if method.kind == "encoder":
-        return float(method.tokens)
-    layers = model.config.text_config.num_hidden_layers
-    counts = torch.full((layers, len(inputs["input_ids"])), patches)
-    for stage in model(**inputs, output_selection=True).selection:
-        left = (stage.kept >= 0).sum(-1).tolist()
-        if stage.merge_map is not None:
-            left = [kept + len(row[row >= 0].unique()) for kept, row in zip(left, stage.merge_map, strict=True)]
-        counts[stage.layer :] = torch.tensor(left, dtype=counts.dtype)
-    return float(counts.mean())
+def _line(run: Run, pair: tuple[str, str], answer: Answer) -> dict[str, Any]:
+    line: dict[str, Any] = {"run": run.name, "image": pair[0], "question": pair[1], "answer": answer.text}
+    if answer.score is not None:
+        line["score"] = answer.score
+    return {**line, "visual_tokens": answer.visual_tokens, "kept": [pack_kept(mask) for mask in answer.kept]}
 
 
 def evaluate_pope(
     model: str | Path | LoadedModel | None = None,
     dataset: str | Path = "reference",
     methods: Sequence[str] = ("dense", "visionzip", "sparsevlm"),
-    budget: int = 64,
+    budget: int | Sequence[int] = 64,
     *,
-    batch_size: int = 8,
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 16,
     limit: int | None = None,
+    answer_mode: str = "text",
+    prompt: str | None = None,
+    grouped: bool = True,
+    skip_bad: bool = False,
     output: str | Path | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
+    on_notice: Notice | None = None,
+    subset: dict[str, Any] | None = None,
     **loading: Any,
 ) -> dict[str, Any]:
     """Evaluates methods on POPE, one after the other on the same weights.
 
     Args:
         model: a loaded model, or the name that `load_model` takes; None for the embedded reference model.
-        dataset, limit: as for `load_pope`.
-        methods: names of `llava_sparse.list_methods()`, and `"dense"`.
-        budget: visual tokens retained, for all methods but dense.
-        output: a JSON file, written anew after every method, so that a later failure loses nothing.
-        on_progress: called with the method, the questions answered and the questions in all.
+        dataset, limit: as for `load_pope`; `subset` holds its other arguments.
+        methods, budget, seeds: as for `plan_runs`; `"dense"` is a method too.
+        batch_size: questions answered at a time; halved where memory does not suffice.
+        answer_mode: `"text"` parses what the model says by the official rule; `"logits"` compares Yes with No at the
+            first token of the answer, which also gives a score for each answer.
+        prompt: with `<image>` and `{question}`; None for LLaVA-1.5's.
+        grouped: whether a picture is encoded once for all its questions; without, `generate` is called as by anyone.
+        skip_bad: whether rows that cannot be used are left out, and listed in the results, instead of refused.
+        output: a JSON file, written after every run. Answers go to `*.answers.jsonl` beside it as they come; the same
+            call goes on from them. `*.timing.json` says how long it took.
+        on_progress: called with the run, the questions answered and the questions in all.
+        on_notice: called with what a user should know.
         loading: dtype, device and attn_implementation for `load_model`.
 
     Returns:
-        what `output` holds: settings, versions, questions, and for every method its scores and every answer. Scores
-        are from 0 to 1.
+        what `output` holds: settings, versions, questions, for every run its scores (from 0 to 1) with intervals and
+        every answer, and comparisons of the runs; and `timing`, which is in a file of its own because it differs from
+        one call to the next.
 
     Raises:
-        ValueError: for invalid settings or data, before the first question is asked.
+        ValueError: for invalid settings or data, before the first question is asked; for an `output` that was begun
+            with other settings.
         OSError: for files that cannot be read or written.
+        RuntimeError: if another process of a data-parallel evaluation stops.
     """
-    methods = list(methods)
-    check_methods(methods)
+    runs = plan_runs(methods, [budget] if isinstance(budget, int) else budget, seeds)
+    if answer_mode not in ANSWER_MODES:
+        raise ValueError(f"answer_mode {answer_mode!r} is unknown; allowed: {', '.join(ANSWER_MODES)}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: a positive number is allowed.")
+    if prompt is not None:
+        check_prompt(prompt)
     if output is not None:
         check_output(output)
-    questions = load_pope(dataset, limit)
+    processes = join_processes(str(loading.get("device", "auto")))
+    if processes.device is not None:
+        loading = {**loading, "device": str(processes.device)}
+    skipped: list[str] = []
+    questions = load_pope(dataset, limit, **(subset or {}), on_bad=skipped.append if skip_bad else None)
+    rows = read_rows(questions)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, **loading)
-    for method in methods:
-        loaded.with_method(method, budget)
+    for run in runs:
+        loaded.with_run(run)
 
-    prompt = loaded.prompt(short_answer=True)
-    run = {"dataset": str(dataset), "methods": methods, "budget": budget, "limit": limit, "batch_size": batch_size}
-    results: dict[str, Any] = {
-        "settings": {**describe_model(loaded), **run, "prompt": prompt, "max_new_tokens": MAX_NEW_TOKENS},
-        "versions": versions(),
-        "questions": count_questions(questions),
-        "methods": [],
+    prompt = loaded.prompt(short_answer=True) if prompt is None else prompt
+    chosen = {"dataset": str(dataset), **(subset or {}), "limit": limit, "skip_bad": skip_bad}
+    settings = {
+        **describe_model(loaded),
+        **{name: value if isinstance(value, (int, list)) else str(value) for name, value in chosen.items() if value},
+        "limit": limit,
+        "questions_sha256": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+        "methods": list(methods),
+        "budgets": [budget] if isinstance(budget, int) else list(budget),
+        "seeds": list(seeds),
+        "batch_size": batch_size,
+        "prompt": prompt,
+        "answer_mode": answer_mode,
+        "grouped": grouped,
+        "max_new_tokens": MAX_NEW_TOKENS,
     }
-    for method in methods:
-        pruned = loaded.with_method(method, budget)
-        progress = None if on_progress is None else partial(on_progress, method)
-        answers = answer_questions(pruned, loaded.processor, questions, prompt, batch_size, progress)
-        results["methods"].append(
-            {
-                **describe_method(method, pruned, None if method == DENSE else budget),
-                "visual_tokens": answers.tokens,
-                "seconds": answers.seconds,
-                "questions_per_second": answers.distinct / answers.seconds,
-                **score(questions, answers.texts),
-            }
-        )
-        if output is not None:
-            write_results(results, output)
-    return results
+    units = plan_units(rows, batch_size, streamed=bool(chosen.get("streaming")))
+    # One process writes; the others keep in memory what they are told.
+    path = log_path(Path(output)) if output is not None and processes.rank == 0 else None
+    log = AnswerLog(path, settings, versions())
+    evaluation = Evaluation(
+        loaded, questions, rows, units, prompt, answer_mode, grouped, batch_size, log, processes,
+        on_progress or _ignore, on_notice or _ignore,
+    )  # fmt: skip
+    results: dict[str, Any] = {
+        "settings": settings,
+        "versions": versions(),
+        "questions": {**count_questions(rows), "skipped": skipped},
+        "methods": [],
+        "comparisons": [],
+    }
+    try:
+        evaluation.resumed = processes.gather(log.resume(_keys(runs, units)))[0]
+        evaluation.log.lines = processes.gather(log.lines)[0]
+        for number, run in enumerate(runs):
+            evaluation.run(run, number)
+            results["methods"].append(_entry(evaluation, run))
+            if number + 1 == len(runs) and len(runs) > 1:
+                results["comparisons"] = compare(results["methods"])
+            if output is not None and processes.rank == 0:
+                write_json(results, output)
+                if evaluation.timing[run.name]["questions"]:
+                    write_json(_timing(evaluation), timing_path(output))
+    finally:
+        log.close()
+    return {**results, "timing": _timing(evaluation)}
+
+
+def _timing(evaluation: Evaluation) -> dict[str, Any]:
+    """Of this call alone: questions that an earlier one answered take no time."""
+    return {
+        "processes": evaluation.processes.count,
+        "threads": torch.get_num_threads(),
+        "batch_size": evaluation.batch_size,
+        "runs": evaluation.timing,
+    }
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def _keys(runs: Sequence[Run], units: Sequence[Unit]) -> Iterator[list[Key]]:
+    """Keys of the log's lines, unit by unit in the order in which they are written."""
+    for run in runs:
+        for unit in units:
+            yield [(run.name, *pair) for pair in unit]
+
+
+def _entry(evaluation: Evaluation, run: Run) -> dict[str, Any]:
+    """A run's part of the results."""
+    pairs = [pair for unit in evaluation.units for pair in unit]
+    lines = {(image, asked): evaluation.log.lines[run.name, image, asked] for image, asked in pairs}
+    of_row = [lines[row["image_source"], row["question"]] for row in evaluation.rows]
+    scores = [line["score"] for line in of_row] if evaluation.answer_mode == "logits" else None
+    tokens = [line["visual_tokens"] for line in lines.values()]
+    return {
+        **describe_run(run, evaluation.loaded.with_run(run)),
+        "visual_tokens": None if None in tokens else sum(tokens) / len(tokens),
+        **score(evaluation.rows, [line["answer"] for line in of_row], scores),
+    }

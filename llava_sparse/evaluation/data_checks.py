@@ -1,0 +1,177 @@
+"""What makes a question and its picture valid. Whatever is not is reported with file and row."""
+
+from __future__ import annotations
+
+import hashlib
+import reprlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from PIL import Image, ImageOps
+
+SPLITS = ("random", "popular", "adversarial")
+# The columns of the dataset on the Hub, which every source is brought to.
+FEATURES = datasets.Features(
+    {
+        "question_id": datasets.Value("string"),
+        "question": datasets.Value("string"),
+        "answer": datasets.Value("string"),
+        "image_source": datasets.Value("string"),
+        "image": datasets.Image(),
+        "category": datasets.Value("string"),
+    }
+)
+TEXTS = [column for column in FEATURES if column != "image"]
+# Pillow reads more, some by running other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+
+# Gets the message of every row that is left out; raises it if none may be.
+Report = Callable[[str], object]
+
+
+class Row(NamedTuple):
+    """A question as a source holds it.
+
+    Attributes:
+        where: `file, row 3`.
+        values: the columns `TEXTS`, unchecked.
+        image: what leads the source to the picture.
+    """
+
+    where: str
+    values: dict[str, Any]
+    image: Any
+
+
+def refuse(message: str) -> None:
+    """Raises ValueError."""
+    raise ValueError(message)
+
+
+def show(value: object) -> str:
+    """What a message quotes: the value as Python writes it, shortened."""
+    return _short.repr(value)
+
+
+def is_text(value: object) -> bool:
+    """Whether `value` is a string that is not blank and that UTF-8 can express (JSON allows others)."""
+    try:
+        return isinstance(value, str) and bool(value.strip().encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def checked(rows: Iterable[Row], report: Report) -> Iterator[Row]:
+    """Passes the valid questions of one split on, and reports the others, ids that repeat included."""
+    first: dict[str, str] = {}
+    for row in rows:
+        problem = _problem(row.values)
+        key = row.values["question_id"]
+        if not problem and key in first:
+            problem = f"question_id {key:.120} is already that of {first[key]}; each id is allowed once in a split"
+        if problem:
+            report(f"{row.where}: {problem}.")
+            continue
+        first[key] = row.where
+        yield row
+
+
+def _problem(values: dict[str, Any]) -> str | None:
+    for column in ("question_id", "question", "image_source"):
+        if not is_text(values[column]):
+            return f"{column} {show(values[column])}: text that is not empty is allowed"
+    if values["answer"] not in ("yes", "no"):
+        return f"label {show(values['answer'])} is neither of the allowed 'yes' and 'no'"
+    return None
+
+
+def file_inside(folder: Path, name: Any) -> Path:
+    """The file of a picture, which lies inside a folder, links followed.
+
+    Args:
+        folder: without links.
+        name: relative to it.
+
+    Raises:
+        ValueError: if it is no name, leaves the folder, or does not exist.
+    """
+    if not is_text(name):
+        raise ValueError(f"image {show(name)}: text that is not empty is allowed.")
+    try:
+        file = (folder / name).resolve()
+        inside = file.is_relative_to(folder)
+        exists = inside and file.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"image {show(name)} is no file name that is allowed ({reason}).") from error
+    if not inside:
+        raise ValueError(f"image {show(name)} leaves {folder}; only files inside it are allowed.")
+    if not exists:
+        raise ValueError(f"image {show(name)} does not exist in {folder}.")
+    return file
+
+
+class Pictures:
+    """Checks pictures, decoding each distinct one once."""
+
+    def __init__(self) -> None:
+        self._verdicts: dict[Path | bytes, bytes | str] = {}
+        self._sources: dict[str, bytes] = {}
+
+    def check(self, source: str, picture: Path | bytes) -> None:
+        """Checks that a picture can be decoded and is the only one of its name.
+
+        Args:
+            source: the name under which questions about it are grouped.
+            picture: its file, or the content of it.
+
+        Raises:
+            ValueError: if it is damaged, too large, of another format or depth than a model can be shown, or another
+                picture than an earlier one of that name.
+        """
+        key = hashlib.sha256(picture).digest() if isinstance(picture, bytes) else picture
+        if key not in self._verdicts:
+            try:
+                self._verdicts[key] = _pixels(picture)
+            except ValueError as error:
+                self._verdicts[key] = str(error)
+        verdict = self._verdicts[key]
+        if isinstance(verdict, str):
+            raise ValueError(f"image {show(source)} {verdict}")
+        if self._sources.setdefault(source, verdict) != verdict:
+            raise ValueError(f"image_source {show(source)} is another picture in an earlier row; one is allowed.")
+
+
+def stored(picture: Path | bytes) -> dict[str, Any]:
+    """A picture as the columns of `datasets` hold it, undecoded."""
+    embedded = isinstance(picture, bytes)
+    return {"bytes": picture if embedded else None, "path": None if embedded else str(picture)}
+
+
+def _pixels(picture: Path | bytes) -> bytes:
+    """A digest of what a model is shown of a picture."""
+    try:
+        with warnings.catch_warnings():
+            # Between its limit and twice its limit Pillow only warns.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as image:
+                mode = image.mode
+                # As `datasets.Image` and the runner make it.
+                shown = ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that Pillow allows (Image.MAX_IMAGE_PIXELS)."
+        ) from error
+    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to.
+        raise ValueError(f"cannot be decoded; a readable picture is allowed ({', '.join(FORMATS)}).") from error
+    if mode.startswith(("I", "F")):
+        # Pillow makes every value above 255 white.
+        raise ValueError(f"has more than 8 bits a channel (mode {mode}); 8 bits are allowed: convert it first.")
+    return hashlib.sha256(repr(shown.size).encode() + shown.tobytes()).digest()

@@ -1,0 +1,106 @@
+"""Which methods run, with which budgets, seeds and options: the rows of a study."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llava_sparse.modeling.methods import METHODS
+from llava_sparse.modeling.sparsifier import nearest
+
+DENSE = "dense"
+# `a,b:x=[1,2]` is two methods: commas within brackets separate nothing.
+_COMMA = re.compile(r",(?![^\[]*\])")
+_LISTS = ("layers", "budgets")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method with its settings.
+
+    Attributes:
+        method: a name of `llava_sparse.list_methods()`, or `"dense"`.
+        budget: visual tokens retained; None for dense and where `layers` and `budgets` say it.
+        seed: None for methods that draw nothing.
+        layers, budgets, options: as the configuration's `sparse_layers`, `sparse_budgets`, `sparse_options`.
+        name: what the results call it: `dense`, `visionzip@64`, `sparsevlm:raters=all@64`, `random@64#1`.
+    """
+
+    method: str
+    budget: int | None = None
+    seed: int | None = None
+    layers: list[int] | None = None
+    budgets: list[int] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    name: str = DENSE
+
+    @property
+    def sparsity(self) -> dict[str, Any]:
+        """The arguments of `set_sparsity` and `sparsify` behind the method."""
+        options = {**self.options, **({} if self.seed is None else {"seed": self.seed})}
+        return {"budget": self.budget, "layers": self.layers, "budgets": self.budgets, "options": options or None}
+
+
+def split_methods(text: str) -> list[str]:
+    """The methods of a comma-separated list; lists inside brackets stay whole."""
+    return [part.strip() for part in _COMMA.split(text)]
+
+
+def plan_runs(methods: Sequence[str], budgets: Sequence[int | None], seeds: Sequence[int] = (0,)) -> list[Run]:
+    """Every method with every budget, and those that draw at random with every seed.
+
+    Args:
+        methods: names, options behind colons: `"sparsevlm:raters=all:recycle=false"`. Values are JSON, or text.
+            `layers=[...]` and `budgets=[...]` set the stages by hand, once instead of once for each budget.
+        budgets: visual tokens retained; None for a method's own default.
+        seeds: for methods with an option `seed`.
+
+    Raises:
+        ValueError: for an unknown method or option, with the nearest known one; for a repeated run, and for none.
+    """
+    if not methods or not budgets or not seeds:
+        raise ValueError("Of methods, budgets and seeds, one at least is needed.")
+    runs = [run for method in methods for run in _runs_of(method, budgets, seeds)]
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            listed = ", ".join(dict.fromkeys(names))
+            raise ValueError(f"methods: {name} is there {names.count(name)} times; each of {listed} at most once.")
+    return runs
+
+
+def _runs_of(text: str, budgets: Sequence[int | None], seeds: Sequence[int]) -> list[Run]:
+    method, *given = text.split(":")
+    known = [DENSE, *sorted(METHODS)]
+    if method not in known:
+        raise ValueError(f"method {method!r} is unknown{nearest(method, known)}; allowed: {', '.join(known)}.")
+    options = dict(_option(method, part) for part in given)
+    if method == DENSE:
+        return [Run(DENSE)]
+    lists = {name: options.pop(name) for name in _LISTS if name in options}
+    draws = "seed" in METHODS[method].option_defaults and "seed" not in options
+    runs = []
+    for budget in [None] if "budgets" in lists else budgets:
+        for seed in seeds if draws else [None]:
+            name = text + ("" if budget is None else f"@{budget}") + ("" if seed is None else f"#{seed}")
+            runs.append(Run(method, budget, seed, options=options, name=name, **lists))
+    return runs
+
+
+def _option(method: str, part: str) -> tuple[str, Any]:
+    name, equals, value = part.partition("=")
+    known = [] if method == DENSE else [*METHODS[method].option_defaults, *_LISTS]
+    if not equals or name not in known:
+        raise ValueError(
+            f"method {method}: {part!r} is no option{nearest(name, known)}; "
+            f"allowed, as name=value: {', '.join(known) or 'none'}."
+        )
+    if isinstance(METHODS[method].option_defaults.get(name), str):
+        return name, value
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

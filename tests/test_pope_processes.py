@@ -1,0 +1,118 @@
+"""Evaluations as processes: killed at any moment, several at once, one of them dying."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+POPE = [
+    "-m",
+    "llava_sparse.cli",
+    "pope",
+    "--methods",
+    "dense,visionzip,sparsevlm",
+    "--limit",
+    "10",
+    "--batch-size",
+    "6",
+]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# What accelerate launch runs on machines with several devices.
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def pope(folder: Path, *, launch: list[str] | None = None, **options) -> subprocess.Popen:
+    command = [*(launch or [sys.executable]), *POPE, "--output", str(folder / "run.json")]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def written(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("run.json", "run.answers.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> list[bytes]:
+    """What one process writes at a stretch."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = pope(folder)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return written(folder)
+
+
+def test_killed_at_random_points_and_continued(whole, tmp_path):
+    lines = whole[1].count(b"\n")
+    drawn = random.Random(0)
+    log = tmp_path / "run.answers.jsonl"
+    for until in sorted(drawn.sample(range(2, lines * 3 // 4), 3)):
+        process = pope(tmp_path)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_bytes().count(b"\n") >= until:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+        held = log.read_bytes()
+        assert whole[1].startswith(held[: held.rfind(b"\n") + 1])
+    process = pope(tmp_path)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert written(tmp_path) == whole
+    resumed = json.loads((tmp_path / "run.timing.json").read_text())["runs"]
+    assert sum(run["questions"] for run in resumed.values()) < lines - 1
+
+
+def test_two_processes_give_what_one_gives(whole, tmp_path):
+    process = pope(tmp_path, launch=LAUNCH)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert written(tmp_path) == whole
+    assert said.count("POPE, reference") == 1
+    assert json.loads((tmp_path / "run.timing.json").read_text())["processes"] == 2
+
+
+def test_a_process_that_dies_fails_the_run_and_loses_nothing(whole, tmp_path):
+    process = pope(tmp_path, launch=LAUNCH, start_new_session=True)
+    log = tmp_path / "run.answers.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (log.exists() and log.read_bytes().count(b"\n") > 8):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.kill(worker_of(process.pid, rank=1), signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode not in (0, None)
+    assert "Signal 9" in errors or "another of the 2 processes has stopped" in errors
+    held = log.read_bytes()
+    assert whole[1].startswith(held[: held.rfind(b"\n") + 1])
+    assert not (tmp_path / "run.json").exists() or len(written(tmp_path)[0]) < len(whole[0])
+    assert pope(tmp_path).wait(timeout=300) == 0
+    assert written(tmp_path) == whole
+
+
+def worker_of(parent: int, rank: int) -> int:
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                status = (folder / "stat").read_text().rpartition(") ")[2].split()
+                environment = (folder / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if int(status[1]) == parent and f"RANK={rank}".encode() in environment:
+                return int(folder.name)
+    pytest.fail(f"there is no process of rank {rank}")
