@@ -1,0 +1,241 @@
+"""What a report is made of, as plain data that every template can write."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from .analysis import Objects, Pair
+from .data_checks import file_inside
+from .figures import theme
+from .models import read_picture
+
+THUMBNAIL = 168
+# Longer tables are folded.
+LONG = 12
+OLD_FILE = "The file was written by an earlier version"
+TITLES = {
+    "f1": "F1",
+    "yes_ratio": "yes ratio",
+    "roc_auc": "ROC-AUC",
+    "average_precision": "average precision",
+    "brier": "Brier score",
+    "ece": "ECE",
+}
+
+Entry = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Results, with what is known beside them.
+
+    Attributes:
+        name: of the file.
+        results: as from `read_results`.
+        kept: packed masks of each stage for each pair, by run, as far as the log beside the results has them;
+            `no_kept` says why some are missing.
+        objects, images: boxes, and the folder of the pictures; None if unknown.
+    """
+
+    name: str
+    results: Mapping[str, Any]
+    kept: Mapping[str, Mapping[Pair, Sequence[str]]]
+    no_kept: str
+    objects: Objects | None
+    images: Path | None
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """The runs."""
+        return self.results["methods"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value with its interval."""
+
+    text: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first `headers` cells of each row name the row. Readers open a `folded` one."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    headers: int = 1
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure; `draw` is called with the keyword `dark`."""
+
+    draw: Callable[..., Figure]
+    alt: str
+    caption: str
+
+    @property
+    def light(self) -> str:
+        """The figure for light pages, as a data URI."""
+        return self._svg(dark=False)
+
+    @property
+    def dark(self) -> str:
+        """The figure for dark pages, as a data URI."""
+        return self._svg(dark=True)
+
+    def _svg(self, dark: bool) -> str:
+        out = io.BytesIO()
+        with theme(dark):
+            self.draw(dark=dark).savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        return data_uri("image/svg+xml", out.getvalue())
+
+
+@dataclass(frozen=True)
+class Shot:
+    """What a run answers, and as a data URI, if there is one, the picture with the patches it keeps."""
+
+    run: str
+    answer: str
+    right: bool
+    picture: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question that runs answer differently."""
+
+    image: str
+    question: str
+    label: str
+    shots: Sequence[Shot]
+
+
+@dataclass
+class Section:
+    """A part of a report.
+
+    Attributes:
+        drawings: in groups that stand together.
+        listed: lines of a list.
+        left_out: what is missing, and why.
+    """
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    drawings: list[list[Drawing]] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    listed: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Article:
+    """The report on one results file."""
+
+    name: str
+    summary: str
+    sections: Sequence[Section]
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """The content as a `data:` URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def thumbnail(folder: Path, name: str, masks: Sequence[NDArray[np.bool_]]) -> str:
+    """A small picture as a data URI; patches are the paler, the earlier they stop being tokens of their own.
+
+    Args:
+        folder, name: of the picture, of which the middle square is shown, as LLaVA's processor cuts it.
+        masks: `(patches,)` of each stage.
+
+    Raises:
+        ValueError: if the name leaves the folder, or is no picture that can be read.
+    """
+    file = file_inside(folder.resolve(), name)
+    picture = np.asarray(ImageOps.fit(read_picture(file), (THUMBNAIL, THUMBNAIL)), float)
+    if masks:
+        side = round(len(masks[0]) ** 0.5)
+        left = Image.fromarray(np.mean(masks, axis=0).reshape(side, side).astype(np.float32))
+        share = np.asarray(left.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.NEAREST))[..., None]
+        pale = 205 + 0.2 * picture.mean(-1, keepdims=True)
+        picture = share * picture + (1 - share) * pale
+    out = io.BytesIO()
+    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=85)
+    return data_uri("image/jpeg", out.getvalue())
+
+
+def by_budget(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
+    """Runs of each budget with the dense model, so that no figure has too many lines, and words that name them."""
+    budgets = sorted({entry["budget"] for entry in entries} - {None})
+    if len(budgets) < 2:
+        return [("", list(entries))]
+    return [(f", budget {b}", [entry for entry in entries if entry["budget"] in (None, b)]) for b in budgets]
+
+
+def parts_of(entry: Entry) -> Mapping[str, Any]:
+    """Scores of each set; a file of an earlier version has those of the splits and their mean alone."""
+    return entry.get("scores", entry)
+
+
+def title_of(metric: str) -> str:
+    """A metric as papers write it."""
+    return TITLES.get(metric, metric)
+
+
+def percent(value: float) -> str:
+    """A share in percent."""
+    return f"{100 * value:.1f}"
+
+
+def bounds(interval: Sequence[float], form: str = ".1f") -> str:
+    """An interval in percent."""
+    return f"[{', '.join(format(100 * bound, form) for bound in interval)}]"
+
+
+def percent_cell(part: Mapping[str, Any], metric: str) -> Cell:
+    """A metric of a set in percent, with its interval if there is one."""
+    interval = part.get("intervals", {}).get(metric)
+    return Cell(percent(part[metric]), "" if interval is None else bounds(interval))
+
+
+def number_cell(part: Mapping[str, Any], metric: str) -> Cell:
+    """A metric of a set, with its interval if there is one."""
+    interval = part.get("intervals", {}).get(metric)
+    return Cell(f"{part[metric]:.3f}", "" if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}]")
+
+
+def rate_cell(part: Mapping[str, Any] | None) -> str | Cell:
+    """A rate of `analysis.failure_curves` with its interval and count."""
+    if part is None:
+        return "–"
+    return Cell(percent(part["rate"]), f"{bounds(part['interval'], '.0f')} of {part['count']:,}")
+
+
+def p_text(value: float) -> str:
+    """A p-value."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def plain(value: Any) -> str:
+    """A setting as text."""
+    if value is None or value in ({}, []):
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

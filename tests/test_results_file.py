@@ -1,0 +1,88 @@
+"""Reading results files: those of earlier versions too, and nothing that is damaged."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from results import RUNS, earlier_version, make_results, write
+
+from llava_sparse.evaluation.html_report import report
+from llava_sparse.evaluation.results_file import read_results, results_files
+
+
+def damage(results: dict, *path: object, value: object = None) -> None:
+    for key in path[:-1]:
+        results = results[key]
+    if value is None:
+        del results[path[-1]]
+    else:
+        results[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("settings",), None, "no results of `llava-sparse pope`"),
+        (("questions",), None, "the file has no 'questions'"),
+        (("methods",), [], "one run with one answer at least is needed"),
+        (("methods",), "many", "methods is 'many'; a list is allowed"),
+        (
+            ("methods", 1, "scores", "average", "accuracy"),
+            "abc",
+            "methods[1].scores.average.accuracy is 'abc'; a number",
+        ),
+        (("methods", 0, "scores", "pooled", "f1"), float("nan"), "methods[0].scores.pooled.f1 is nan"),
+        (("methods", 0, "scores", "pooled", "f1"), 1.5, "a number from 0 to 1 is allowed"),
+        (("methods", 0, "scores", "unique", "intervals", "f1"), [0.5], "a list of two numbers is allowed"),
+        (("methods", 0, "answers", 3, "label"), "maybe", "methods[0].answers[3].label is 'maybe'; 'yes' or 'no'"),
+        (
+            ("methods", 1, "answers", 3, "image"),
+            "other.jpg",
+            "methods[1].answers are not to the questions of methods[0]",
+        ),
+        (("methods", 1, "answers", 3, "score"), None, "some have a score, some do not"),
+        (("methods", 2, "name"), "dense", "two runs have the same name"),
+        (("methods", 2, "name"), "\ud800", "methods[2].name"),
+        (("comparisons", 0, "p"), None, "comparisons[0] has no 'p'"),
+        (("settings", "dataset"), 3, "settings.dataset is 3; text is allowed"),
+    ],
+)
+def test_damaged_results_are_refused(tmp_path, path, value, message):
+    results, _ = make_results()
+    damage(results, *path, value=value)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_results(write(tmp_path, results))
+    assert str(tmp_path / "run.json") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"not json", b"[" * 100_000, b"3", b"{}"])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"results of `llava-sparse pope`"):
+        read_results(tmp_path / "file.json")
+
+
+def test_earlier_results_get_names(tmp_path):
+    results, _ = make_results()
+    names = [entry["name"] for entry in read_results(write(tmp_path, earlier_version(results)))["methods"]]
+    assert names == list(RUNS)
+
+
+def test_folders_and_several_files(tmp_path):
+    results, log = make_results()
+    first, second = write(tmp_path, results, log), write(tmp_path, results, name="another.json")
+    (tmp_path / "run.timing.json").write_text("{}")
+    assert results_files([tmp_path]) == [second, first]
+    report([tmp_path], markdown=tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert text.index("## another.json") < text.index("## run.json")
+    (tmp_path / "empty").mkdir()
+    for paths, message in (
+        ([first, first], "more than once"),
+        ([tmp_path / "empty"], "no results"),
+        (["x"], "no such"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            results_files(paths)

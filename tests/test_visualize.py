@@ -1,0 +1,216 @@
+"""Figures of what was kept: followed patch by patch, drawn from plain data, and the command."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from llava_sparse import cli
+from llava_sparse.drawing import COLOURS, Stage, Trace, _coloured, _rated, draw
+from llava_sparse.evaluation import LoadedModel, ask
+from llava_sparse.modeling.sparsifier import Selection
+from llava_sparse.reference import SCENES
+from llava_sparse.visualize import follow, model_view, trace, visualize
+
+QUESTION = "Is there a dog in the image ?"
+PICTURE = str(SCENES / "images" / "scene_000001.jpg")
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return LoadedModel(tiny.dense_model(), tiny.processor(), "tiny", True)
+
+
+class Method:
+    """What `follow` reads of a method."""
+
+    def __init__(self, kind: str, tokens: int = 0) -> None:
+        self.kind, self.tokens = kind, tokens
+
+
+def selection(layer: int, kept: list[int], merge_map: list[int] | None = None) -> Selection:
+    maps = None if merge_map is None else torch.tensor([merge_map])
+    return Selection(layer, torch.tensor([kept]), torch.zeros(1, len(kept)), maps)
+
+
+def test_patches_are_followed_through_merged_tokens():
+    """Token 4, merged from 1 and 2, is kept at the second stage and merged with 0 into 5 at the third."""
+    stages = follow(
+        [
+            selection(1, [0, -1], [-1, 4, 4, -1]),
+            selection(3, [0, 4]),
+            selection(5, [-1, -1], [5, -1, -1, -1, 5]),
+        ],
+        Method("decoder"),
+        tokens=4,
+        patches=4,
+    )
+    assert [stage.owners.tolist() for stage in stages] == [[0, 4, 4, -1], [0, 4, 4, -1], [5, 5, 5, -1]]
+    assert [stage.tokens for stage in stages] == [2, 2, 1]
+    assert [stage.place for stage in stages] == [f"after decoder layer {layer}" for layer in (1, 3, 5)]
+    assert stages[0].kept.tolist() == [True, False, False, False]
+    assert not any(stage.cls for stage in stages)
+
+
+def test_cls_counts_where_it_goes_on():
+    (encoder,) = follow([selection(4, [2], [5, 4, -1, 5])], Method("encoder", tokens=4), tokens=4, patches=4)
+    assert (encoder.tokens, encoder.cls, encoder.owners.tolist()) == (4, True, [5, 4, 2, 5])
+    with_cls, without = follow([selection(1, [0, 2, 3]), selection(2, [2])], Method("decoder"), tokens=5, patches=4)
+    assert (with_cls.tokens, with_cls.cls, with_cls.owners.tolist()) == (3, True, [-1, 1, 2, -1])
+    assert (without.tokens, without.cls, without.owners.tolist()) == (1, False, [-1, 1, -1, -1])
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_trace_counts_what_the_model_has(strategy):
+    loaded = LoadedModel(tiny.dense_model(vision_feature_select_strategy=strategy), tiny.processor(), "tiny", True)
+    loaded.processor.vision_feature_select_strategy = strategy
+    picture = tiny.image(0)
+    dense = trace(loaded, picture, QUESTION, "dense")
+    assert (dense.stages, dense.raters, dense.tokens) == ((), (), tiny.PATCHES + (strategy == "full"))
+    for method, budget in (("visionzip", 6), ("sparsevlm", 6)):
+        found = trace(loaded, picture, QUESTION, method, budget)
+        model = loaded.with_method(method, budget)
+        inputs = loaded.processor(
+            images=[picture], text=[loaded.prompt(False).replace("{question}", QUESTION)], return_tensors="pt"
+        )
+        output = model(**inputs, output_selection=True)
+        for stage, made in zip(found.stages, output.selection, strict=True):
+            merged = 0 if made.merge_map is None else len(made.merge_map[made.merge_map >= 0].unique())
+            cls = method == "visionzip"
+            assert stage.tokens == (made.kept >= 0).sum() + merged + cls
+        assert found.answer == ask(model, loaded.processor, picture, QUESTION, loaded.prompt(short_answer=False))
+
+
+def test_raters_are_pieces_of_the_text(loaded):
+    question = "What is\n<b>the</b> é dog ?"
+    found = trace(loaded, tiny.image(0), question, "sparsevlm", 6)
+    assert found.text == f"\n{question} ASSISTANT:"
+    marked = [found.text[start:end] for start, end in found.raters]
+    assert marked
+    assert set(marked) <= set(found.text.split())
+    assert trace(loaded, tiny.image(0), question, "visionzip", 6).raters == ()
+
+
+def test_the_model_sees_the_middle_of_a_picture(loaded):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = (10, 200, 30)
+    seen = model_view(loaded.processor, Image.fromarray(wide))
+    assert seen.shape == (tiny.SIDE, tiny.SIDE, 3)
+    assert np.abs(seen[:, 8:-8].astype(int) - (10, 200, 30)).max() < 3
+
+
+def texts(figure: Figure) -> list[Text]:
+    figure.draw_without_rendering()
+    return figure.findobj(Text)
+
+
+def test_figure_shows_all_that_was_recorded():
+    owners = np.array([0, 1, 16, 16, 17, *[-1] * 11])
+    traces = [
+        Trace("sparse", "Yes, a dog.", 16, (Stage("after layer 7", owners, True),), "Is there $x$ a dog?", ((12, 13),)),
+        Trace("dense", "", 16, (), "Is there $x$ a dog?", ()),
+    ]
+    figure = draw(np.zeros((56, 56, 3), np.uint8), "Is there $\\frac{x$ a dog?", traces)
+    shown = "\n".join(text.get_text() for text in texts(figure))
+    for text in (
+        "“Is there $\\frac{x$ a dog?”",
+        "answer: Yes, a dog.",
+        "answer: (empty)",
+        "visual tokens: 16 → 5",
+        "after layer 7\n2 kept + 2 merged + CLS",
+        "merged (contextual",
+        "dropped",
+        "rater:",
+    ):
+        assert text in shown
+    assert len(figure.axes) == 2
+    assert not any(text.get_parse_math() for text in texts(figure))
+
+
+def test_nothing_overlaps_or_leaves_the_figure():
+    stages = tuple(Stage(f"after layer {i}", np.arange(16), False) for i in range(3))
+    question = "Is there a very big dog in the image? " * 8
+    traces = [Trace("sparse", "Yes. " * 200, 16, stages, question, ((0, 2), (9, 80)))] * 2
+    figure = draw(np.zeros((56, 56, 3), np.uint8), question, traces)
+    figure.draw_without_rendering()
+    page = figure.bbox
+    boxes = [artist.get_window_extent() for artist in figure.artists] + [axes.get_tightbbox() for axes in figure.axes]
+    boxes.append(figure.legends[0].get_window_extent())
+    for i, box in enumerate(boxes):
+        assert box.x0 >= page.x0 and box.y0 >= page.y0 and box.x1 <= page.x1 and box.y1 <= page.y1
+        for other in boxes[:i]:
+            assert not (
+                min(box.x1, other.x1) - max(box.x0, other.x0) > 2 and min(box.y1, other.y1) - max(box.y0, other.y0) > 2
+            )
+
+
+def test_neighbouring_clusters_differ_in_colour():
+    grid = 36 + np.add.outer(np.arange(6) // 2 * 3, np.arange(6) // 2)
+    colours = _coloured(grid)
+    assert set(colours) == set(np.unique(grid).tolist())
+    assert set(colours.values()) <= set(COLOURS)
+    for a, b in zip(grid[:, 1:].ravel(), grid[:, :-1].ravel(), strict=True):
+        assert a == b or colours[a] != colours[b]
+    for a, b in zip(grid[1:].ravel(), grid[:-1].ravel(), strict=True):
+        assert a == b or colours[a] != colours[b]
+
+
+def test_words_are_marked_where_they_rate():
+    text = "Is the dogs\tbig? ASSISTANT:"
+    lines = _rated(Trace("m", "", 4, (), text, ((7, 10), (15, 16))), letters=200)
+    assert lines == [
+        [
+            [("Is", False)],
+            [("the", False)],
+            [("dog", True), ("s", False)],
+            [("big", False), ("?", True)],
+            [("ASSISTANT:", False)],
+        ]
+    ]
+    assert _rated(Trace("m", "", 4, (), text, ()), letters=200) == []
+
+
+def test_visualize_needs_no_display(loaded):
+    figure = visualize(loaded, tiny.image(0), QUESTION, ["dense", "visionzip", "sparsevlm"], 6)
+    assert len(figure.axes) == (1 + 1) + (1 + 3)
+    with pytest.raises(ValueError, match="did you mean 'visionzip'"):
+        visualize(loaded, tiny.image(0), QUESTION, ["vision-zip"])
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["visualize", *map(str, arguments)])
+    return exit.value.code, *capsys.readouterr()
+
+
+def test_command(capsys, tmp_path):
+    output = tmp_path / "a figure.png"
+    code, out, err = run(
+        capsys, PICTURE, "Is there a dog in the image?", "--methods", "dense, visionzip", "--output", output
+    )
+    assert code == 0
+    assert out == "dense: Yes (576 visual tokens)\nvisionzip: Yes (576 → 64 visual tokens)\n"
+    assert err == f"Figure: {output}\n"
+    with Image.open(output) as figure:
+        assert figure.format == "PNG"
+        assert figure.width > 800
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "figure.docx"], "figure.docx: a name that ends in .png, .svg, .pdf"),
+        (["--output", "no-such-folder/figure.png"], "a file in a folder that exists is allowed"),
+        (["--methods", "vision-zip"], "did you mean 'visionzip'?"),
+    ],
+)
+def test_errors_are_one_line(capsys, options, message):
+    code, out, err = run(capsys, PICTURE, "Is there a dog?", *options)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
