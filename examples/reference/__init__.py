@@ -1,0 +1,1 @@
+"""Training of the embedded reference model; see train_reference.py."""
