@@ -91,7 +91,9 @@ def pope(
 
     Started by `accelerate launch -m llava_sparse.cli pope` or `torchrun`, several processes share the questions.
     """
-    first = int(os.environ.get("RANK", "0")) == 0
+    # torchrun's name, and those of mpirun.
+    ranks = (os.environ.get(name) for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
+    first = next((rank for rank in ranks if rank), "0") == "0"
     subset = {
         "config": config, "annotations": annotations, "images": images, "split": _names(split), "ids": ids,
         "variant": variant, "streaming": streaming,

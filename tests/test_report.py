@@ -225,6 +225,16 @@ def test_what_is_missing_is_said(tmp_path, change, reasons):
         assert reason.lower() in said.lower()
 
 
+def test_runs_that_do_not_say_how_many_tokens_they_used(tmp_path):
+    results, log = make_results()
+    results["methods"][2]["visual_tokens"] = None
+    report([write(tmp_path, results, log)], tmp_path / "report.html", tmp_path / "report.md")
+    row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "| – |" in line)
+    assert row.startswith("| sparse")
+    axes = figures.accuracy_against_tokens(results["methods"]).axes[0]
+    assert len(axes.containers) == 2
+
+
 @pytest.mark.parametrize("kept", ["none", [3], ["zz"], ["ff"]])
 def test_invalid_masks_are_refused(tmp_path, kept):
     results, log = make_results()

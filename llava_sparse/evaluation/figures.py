@@ -68,8 +68,9 @@ def accuracy_against_tokens(entries: Sequence[Entry], *, dark: bool = False) -> 
     """Accuracy, the mean over the splits, against visual tokens.
 
     Each method and seed is a line, the dense model a band. Methods are moved apart a little, so that those with the
-    same number of tokens can be seen.
+    same number of tokens can be seen. Runs whose number of tokens was not recorded are left out.
     """
+    entries = [entry for entry in entries if entry["visual_tokens"] is not None]
     with theme(dark):
         figure, (axes,) = _axes(1)
         lines: dict[str, dict[Any, list[Entry]]] = {}

@@ -61,7 +61,7 @@ def scores(source: Source) -> Section:
     section = Section("Scores")
     averages = [parts_of(entry)["average"] for entry in source.entries]
     rows = [
-        [entry["name"], f"{entry['visual_tokens']:.0f}", *(percent_cell(average, name) for name in METRICS)]
+        [entry["name"], _tokens(entry), *(percent_cell(average, name) for name in METRICS)]
         for entry, average in zip(source.entries, averages, strict=True)
     ]
     caption = f"Mean over the splits, as papers print it, in percent. {_interval_words(source)}"
@@ -247,6 +247,10 @@ def how(source: Source) -> Section:
         rows = [[name, plain(value)] for name, value in source.results[title].items()]
         section.tables.append(Table(title.capitalize(), ["name", "value"], rows, folded=True))
     return section
+
+
+def _tokens(entry: Entry) -> str:
+    return "–" if entry["visual_tokens"] is None else f"{entry['visual_tokens']:.0f}"
 
 
 def _pairs_of_runs(caption: str, columns: list[str], rows: list[list[str | Cell]]) -> list[Table]:

@@ -28,6 +28,8 @@ ANSWER: Check = ("'yes' or 'no'", lambda x: x in ("yes", "no"))
 COUNT: Check = ("a whole number from 0", lambda x: type(x) is int and x >= 0)
 BUDGET: Check = ("a whole number or null", lambda x: x is None or type(x) is int)
 RATE, NUMBER = _number(0, 1), _number()
+# Decoder methods without grouping do not say.
+TOKENS: Check = ("a number from 0 or null", lambda x: x is None or _number(0)[1](x))
 INTERVAL: Check = (
     "a list of two numbers",
     lambda x: isinstance(x, list) and len(x) == 2 and all(map(NUMBER[1], x)),
@@ -47,7 +49,7 @@ ENTRY = {
     "name?": TEXT,
     "budget": BUDGET,
     "patches?": COUNT,
-    "visual_tokens": _number(0),
+    "visual_tokens": TOKENS,
     "splits": {"*": SCORES},
     "average": SCORES,
     "scores?": {
