@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu lint format clean
+.PHONY: help install demo study test test-all test-gpu lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 demo: $(STAMP) ## dense, VisionZip and SparseVLM on the embedded reference model
 	$(BIN)/llava-sparse pope --methods dense,visionzip,sparsevlm --budget 64 $(ARGS)
+
+study: $(STAMP) ## every run, table and figure of docs/study.md; resumes
+	$(BIN)/python examples/study.py --results results/study --page docs/study.md $(ARGS)
 
 # One thread: the tests' tiny models gain nothing from more, and on a busy machine threads waiting for each other make
 # them many times slower.

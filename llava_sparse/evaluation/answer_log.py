@@ -13,13 +13,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 FORMAT = "llava-sparse answers 1"
+# What every log begins with.
+_START = b'{"format": "llava-sparse answers '
 # What a line answers: the run's name, the image and the question.
 Key = tuple[str, str, str]
 
 
 def log_path(output: Path) -> Path:
     """The log beside a results file: `run.json`, `run.answers.jsonl`."""
-    return output.with_suffix(".answers.jsonl")
+    return output.with_name(output.name.removesuffix(".json") + ".answers.jsonl")
 
 
 class AnswerLog:
@@ -65,7 +67,10 @@ class AnswerLog:
         start = 0
         for number, raw in enumerate(self._file):
             if not raw.endswith(b"\n"):
-                break  # A line that was being written when the process was killed.
+                # A line that was being written when the process was killed.
+                if number == 0 and not raw.startswith(_START[: len(raw)]):
+                    raise ValueError(f"{self.path}: not a log of answers; choose another --output.")
+                break
             start += len(raw)
             try:
                 line = json.loads(raw)
@@ -110,7 +115,7 @@ class AnswerLog:
         for unit in units:
             part = lines[taken : taken + len(unit)]
             for key, (line, _) in zip(unit, part, strict=False):
-                if (line.get("run"), line.get("image"), line.get("question")) != key:
+                if not isinstance(line, dict) or tuple(map(line.get, ("run", "image", "question"))) != key:
                     raise ValueError(
                         f"{self.path}: an answer to {key} is expected where {line} stands; delete the file."
                     )
@@ -136,6 +141,8 @@ class AnswerLog:
     def close(self) -> None:
         """Lets others write."""
         if self._file is not None:
-            self._file.close()
-            self._lock.release()
-            self._file = None
+            file, self._file = self._file, None
+            try:
+                file.close()  # May have to write, and fail at it.
+            finally:
+                self._lock.release()

@@ -15,11 +15,29 @@ from transformers import Cache
 
 from llava_sparse.modeling.sparsifier import Selection
 
-from .models import IMAGE_TOKEN, fill_prompt
+from .models import IMAGE_TOKEN, QUESTION, fill_prompt
 
 ANSWER_MODES = ("text", "logits")
 MAX_NEW_TOKENS = 16
 YES, NO = "Yes", "No"
+# Settings with which greedy `generate` does not take the likeliest token or stops elsewhere, and their neutral values.
+NOT_GREEDY: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "stop_strings": None,
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,9 @@ class Asker:
         grouped: whether a picture is encoded once for all its questions and, where the visual tokens do not depend on
             the question, the cache of what stands before it is computed once; else each question is asked on its own
             through `generate`, as transformers' users do.
+
+    Raises:
+        ValueError: for a generation config that asks more of grouped questions than the likeliest token.
     """
 
     model: Any
@@ -60,6 +81,15 @@ class Asker:
     prompt: str
     mode: str = "text"
     grouped: bool = True
+
+    def __post_init__(self) -> None:
+        for name, neutral in NOT_GREEDY.items() if self.grouped and self.mode == "text" else ():
+            value = getattr(self.model.generation_config, name, None)
+            if value not in (None, neutral):
+                raise ValueError(
+                    f"generation_config: {name}={value!r} changes greedy answers, and grouped questions do not follow "
+                    f"it; {neutral} is allowed: change it, or use --no-grouping (grouped=False)."
+                )
 
     @torch.inference_mode()
     def pixels(self, pictures: Sequence[Any]) -> Tensor:
@@ -76,34 +106,59 @@ class Asker:
             owners: the picture of each question.
             batch_size: questions at a time.
         """
-        prepare = self._encode(pixels) if self.grouped else None
+        prompts = [self._ids(question) for question in questions]
+        shared = self._shares_prefix(prompts)
         answers: list[Answer] = []
+        encoded: _Encoded | None = None
+        encoded_owners: list[int] = []
         for start in range(0, len(questions), batch_size):
-            rows = slice(start, start + batch_size)
-            owner = torch.tensor(owners[rows], device=pixels.device)
-            ids = [self._ids(question) for question in questions[rows]]
-            if prepare is None:
-                answers += self._ask_one_by_one(pixels[owner], ids)
-            elif prepare.prefix is None:
-                answers += self._ask_whole(prepare, owner, ids)
-            else:
-                answers += self._ask_behind_prefix(prepare, owner, ids)
+            batch, ids = list(owners[start : start + batch_size]), prompts[start : start + batch_size]
+            if not self.grouped:
+                answers += self._ask_one_by_one(pixels[batch], ids)
+                continue
+            shown = list(dict.fromkeys(batch))
+            if encoded is None or shown != encoded_owners:
+                encoded = None  # Its memory is needed.
+                encoded, encoded_owners = self._encode(pixels[shown], shared), shown
+            owner = torch.tensor([shown.index(picture) for picture in batch], device=pixels.device)
+            ask = self._ask_whole if encoded.prefix is None else self._ask_behind_prefix
+            answers += ask(encoded, owner, ids)
         return answers
 
     def _ids(self, question: str) -> list[int]:
         """The prompt's token ids, with one image token."""
         text = fill_prompt(self.prompt, question, self.processor.image_token)
-        return self.processor.tokenizer(text)["input_ids"]
+        ids: list[int] = self.processor.tokenizer(text)["input_ids"]
+        if ids.count(self.processor.image_token_id) != 1:
+            raise ValueError(f"prompt {text!r}: {self.processor.image_token} has to be in it once, for the picture.")
+        return ids
 
-    def _encode(self, pixels: Tensor) -> _Encoded:
-        """Features of the pictures and, if they do not depend on the question, the cache up to their end."""
+    @property
+    def _in_decoder(self) -> bool:
+        """Whether visual tokens are pruned in the decoder, for which the questions matter."""
+        return getattr(getattr(self.model.model, "sparsifier", None), "kind", None) == "decoder"
+
+    def _shares_prefix(self, prompts: list[list[int]]) -> bool:
+        """Whether all that stands up to the image's end is the same for all questions."""
+        window = getattr(self.model.config.text_config, "sliding_window", None)
+        longest = max(map(len, prompts)) + self._placeholders + MAX_NEW_TOKENS
+        return (
+            not self._in_decoder
+            and self.prompt.index(IMAGE_TOKEN) < self.prompt.index(QUESTION)
+            # Padding between prefix and question would fill a window that is shorter.
+            and (window is None or longest <= window)
+        )
+
+    def _encode(self, pixels: Tensor, shared: bool) -> _Encoded:
+        """Features of the pictures and, if it is shared by the questions, the cache up to their end."""
         method = getattr(self.model.model, "sparsifier", None)
         arguments = {} if method is None else {"output_selection": True}
         outputs = self.model.model.get_image_features(pixel_values=pixels, return_dict=True, **arguments)
         features = torch.stack(list(outputs.pooler_output))
         selection = tuple(getattr(outputs, "selection", None) or ())
-        if method is not None and method.kind == "decoder":
-            return _Encoded(features, selection, fingerprints=method.fingerprints(pixels))
+        if not shared:
+            draw = getattr(method, "fingerprints", None)  # Of a method in the decoder.
+            return _Encoded(features, selection, fingerprints=None if draw is None else draw(pixels))
         before = self._ids("")
         before = before[: before.index(self.processor.image_token_id)]
         words = self._embed(torch.tensor([before] * len(pixels), dtype=torch.long, device=pixels.device))
@@ -129,9 +184,12 @@ class Asker:
             use_cache=True,
             logits_to_keep=1,
         )
+        return self._finish(outputs, mask, *self._seen(encoded, owner))
+
+    def _seen(self, encoded: _Encoded, owner: Tensor) -> tuple[list[np.ndarray], list[float]]:
+        """What the decoder is shown: kept patches by stage, and the number of visual tokens of each question."""
         kept = [_kept(stage, self._patches)[owner.cpu().numpy()] for stage in encoded.selection]
-        tokens = [float(encoded.features.shape[1])] * len(ids)
-        return self._finish(outputs, mask, kept, tokens)
+        return kept, [float(encoded.features.shape[1])] * len(owner)
 
     def _ask_whole(self, encoded: _Encoded, owner: Tensor, ids: list[list[int]]) -> list[Answer]:
         """Whole prompts around features that are there already."""
@@ -142,17 +200,20 @@ class Asker:
         visual = padded == token
         embeds = self._embed(padded)
         embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.device, embeds.dtype))
+        fingerprints = None if encoded.fingerprints is None else encoded.fingerprints[owner]
+        pruning = {"visual_mask": visual, "fingerprints": fingerprints, "output_selection": True}
         outputs = self.model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            visual_mask=visual,
-            fingerprints=None if encoded.fingerprints is None else encoded.fingerprints[owner],
-            output_selection=True,
             use_cache=True,
             logits_to_keep=1,
+            **(pruning if self._in_decoder else {}),
         )
-        kept = [_kept(stage, self._patches) for stage in outputs.selection]
+        if not self._in_decoder:
+            return self._finish(outputs, mask, *self._seen(encoded, owner))
+        # Where CLS is among the visual tokens, it is the first.
+        kept = [_kept(stage, self._placeholders)[:, -self._patches :] for stage in outputs.selection]
         return self._finish(outputs, mask, kept, self._visual_tokens(outputs.selection, len(ids)))
 
     def _finish(
@@ -160,6 +221,8 @@ class Asker:
     ) -> list[Answer]:
         """The answers that follow the prefill's outputs."""
         logits = outputs.logits[:, -1].float()
+        if bool((logits.isnan() | logits.isposinf()).any()):
+            raise ValueError(f"the model's logits in {self.model.dtype} are not finite: use another --dtype.")
         scores: list[float | None] = [None] * len(logits)
         if self.mode == "logits":
             yes, no = self._answer_tokens()
@@ -172,8 +235,7 @@ class Asker:
 
     def _generate(self, logits: Tensor, cache: Cache, mask: Tensor) -> list[str]:
         """Greedy continuation; without `generate`, whose preparations cost more than the few tokens of an answer."""
-        ends = self.model.generation_config.eos_token_id
-        ends = torch.tensor([] if ends is None else ends, device=logits.device).flatten()
+        ends = self._ends.to(logits.device)
         positions = mask.sum(-1, keepdim=True)
         said = [logits.argmax(-1)]
         ended = torch.isin(said[0], ends)
@@ -191,9 +253,17 @@ class Asker:
             following = outputs.logits[:, -1].float().argmax(-1)
             said.append(torch.where(ended, said[-1], following))
             ended |= torch.isin(said[-1], ends)
-        ids = torch.stack(said, dim=1).tolist()
-        stops = set(ends.tolist())
-        whole = [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in ids]
+        return self._texts(torch.stack(said, dim=1))
+
+    @property
+    def _ends(self) -> Tensor:
+        ends = self.model.generation_config.eos_token_id
+        return torch.tensor([] if ends is None else ends).flatten()
+
+    def _texts(self, said: Tensor) -> list[str]:
+        """Generated ids `(rows, length)` as text, up to the token that ends each: it may be none that is skipped."""
+        stops = set(self._ends.tolist())
+        whole = [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in said.tolist()]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(whole, skip_special_tokens=True)]
 
     def _ask_one_by_one(self, pixels: Tensor, ids: list[list[int]]) -> list[Answer]:
@@ -207,8 +277,7 @@ class Asker:
         if self.mode == "logits":
             return self._finish(self.model(**inputs, logits_to_keep=1), mask, [], [tokens] * len(ids))
         said = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_NEW_TOKENS)
-        texts = self.processor.batch_decode(said[:, padded.shape[1] :], skip_special_tokens=True)
-        return [Answer(text.strip(), None, [], tokens) for text in texts]
+        return [Answer(text, None, [], tokens) for text in self._texts(said[:, padded.shape[1] :])]
 
     @property
     def _patches(self) -> int:
@@ -230,13 +299,19 @@ class Asker:
     def _answer_tokens(self) -> tuple[int, int]:
         """Ids of the first tokens of the answers Yes and No behind the prompt."""
         tokenizer = self.processor.tokenizer
-        text = self.prompt.replace(IMAGE_TOKEN, "")
+        text = self.prompt.replace(IMAGE_TOKEN, self.processor.image_token)
+        # Behind a new line, models say "Yes", which for most tokenizers is another token than " Yes".
+        gap = "" if text[-1].isspace() else " "
         bare = tokenizer(text)["input_ids"]
         found = []
         for answer in (YES, NO):
-            ids = tokenizer(f"{text} {answer}")["input_ids"]
-            new = next((i for i, (a, b) in enumerate(zip(ids, bare, strict=False)) if a != b), len(bare))
-            found.append(ids[new])
+            ids = tokenizer(f"{text}{gap}{answer}")["input_ids"]
+            if ids[: len(bare)] != bare:
+                raise ValueError(
+                    f"prompt {self.prompt!r}: its end becomes one token with {answer}; a prompt that ends without a "
+                    "space is allowed with --answer-mode logits."
+                )
+            found.append(ids[len(bare)])
         if found[0] == found[1] or tokenizer.unk_token_id in found:
             raise ValueError(f"{YES} and {NO} begin with the same token, or an unknown one: use --answer-mode text.")
         return found[0], found[1]
@@ -273,7 +348,8 @@ def _rows_of(cache: Any, rows: Tensor) -> Any:
     """A cache with some rows of another, which stays as it is."""
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
+    # From the CPU, rows can be taken of layers on any device.
+    chosen.batch_select_indices(rows.cpu())
     return chosen
 
 

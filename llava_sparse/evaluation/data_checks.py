@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import datasets
 from PIL import Image, ImageOps
 
+# Stands for the image in a prompt, whatever a tokenizer calls it.
+IMAGE_TOKEN = "<image>"
 SPLITS = ("random", "popular", "adversarial")
 # The columns of the dataset on the Hub, which every source is brought to.
 FEATURES = datasets.Features(
@@ -87,6 +89,8 @@ def _problem(values: dict[str, Any]) -> str | None:
     for column in ("question_id", "question", "image_source"):
         if not is_text(values[column]):
             return f"{column} {show(values[column])}: text that is not empty is allowed"
+    if IMAGE_TOKEN in values["question"]:
+        return f"question {show(values['question'])}: text without {IMAGE_TOKEN}, which stands for pictures, is allowed"
     if values["answer"] not in ("yes", "no"):
         return f"label {show(values['answer'])} is neither of the allowed 'yes' and 'no'"
     return None

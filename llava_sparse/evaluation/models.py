@@ -15,10 +15,9 @@ import llava_sparse
 from llava_sparse.modeling.sparsifier import nearest
 from llava_sparse.reference import CHECKPOINT
 
+from .data_checks import IMAGE_TOKEN
 from .runs import DENSE, Run, plan_runs
 
-# Stands for the image in a prompt, whatever a tokenizer calls it.
-IMAGE_TOKEN = "<image>"
 QUESTION = "{question}"
 MODEL_TYPES = ("llava", "sparse_llava")
 # Published evaluations of LLaVA-1.5 ask for a short answer in these words.

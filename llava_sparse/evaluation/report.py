@@ -23,6 +23,9 @@ from .models import LoadedModel
 from .runs import Run
 from .statistics import METRICS, summarize
 
+# Entries of configurations that are recorded elsewhere, or change no answer.
+_NO_SETTINGS = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype")
+
 
 def score(
     rows: Sequence[Mapping[str, Any]], texts: Sequence[str], scores: Sequence[float] | None = None
@@ -82,7 +85,20 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "device": str(loaded.model.device),
         "attn_implementation": loaded.model.config._attn_implementation,
         "weights_sha256": _fingerprint(loaded.model),
+        "configuration_sha256": _configuration(loaded),
     }
+
+
+def _configuration(loaded: LoadedModel) -> str:
+    """A digest of what, beside the weights, makes answers of pictures and questions; methods and versions apart."""
+    processor, model = loaded.processor, loaded.model
+    config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("sparse_")}
+    parts = [
+        {name: value for name, value in part.items() if name not in _NO_SETTINGS}
+        for part in (config, model.generation_config.to_dict(), processor.image_processor.to_dict())
+    ]
+    text = json.dumps([*parts, processor.tokenizer.get_vocab()], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fingerprint(model: Any) -> str:
@@ -139,7 +155,8 @@ def check_output(path: str | Path) -> None:
 
 def timing_path(output: str | Path) -> Path:
     """What a results file is accompanied by: `run.json`, `run.timing.json`."""
-    return Path(output).with_suffix(".timing.json")
+    path = Path(output)
+    return path.with_name(path.name.removesuffix(".json") + ".timing.json")
 
 
 def write_json(results: dict[str, Any], path: str | Path) -> None:

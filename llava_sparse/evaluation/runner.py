@@ -30,7 +30,7 @@ from .report import (
 )
 from .runs import Run, plan_runs
 from .statistics import compare, pack_kept
-from .units import Pictures, Unit, plan_units, read_rows
+from .units import Pictures, Unit, pictures_digest, plan_units, read_rows
 
 # Called with the run's name, the distinct questions answered and those there are.
 Progress = Callable[[str, int, int], None]
@@ -182,6 +182,7 @@ def evaluate_pope(
         **describe_model(loaded),
         **{name: value if isinstance(value, (int, list)) else str(value) for name, value in chosen.items() if value},
         "limit": limit,
+        "pictures_sha256": pictures_digest(questions, rows),
         "questions_sha256": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
         "methods": list(methods),
         "budgets": [budget] if isinstance(budget, int) else list(budget),
@@ -194,8 +195,8 @@ def evaluate_pope(
     }
     units = plan_units(rows, batch_size, streamed=bool(chosen.get("streaming")))
     # One process writes; the others keep in memory what they are told.
-    path = log_path(Path(output)) if output is not None and processes.rank == 0 else None
-    log = AnswerLog(path, settings, versions())
+    path = Path(output) if output is not None and processes.rank == 0 else None
+    log = AnswerLog(None if path is None else log_path(path), settings, versions())
     evaluation = Evaluation(
         loaded, questions, rows, units, prompt, answer_mode, grouped, batch_size, log, processes,
         on_progress or _ignore, on_notice or _ignore,
@@ -207,7 +208,11 @@ def evaluate_pope(
         "methods": [],
         "comparisons": [],
     }
+    threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(processes.gather(_threads(output))[0])
+        if path is not None and not timing_path(path).exists():
+            write_json(_timing(evaluation), timing_path(path))
         evaluation.resumed = processes.gather(log.resume(_keys(runs, units)))[0]
         evaluation.log.lines = processes.gather(log.lines)[0]
         for number, run in enumerate(runs):
@@ -215,13 +220,22 @@ def evaluate_pope(
             results["methods"].append(_entry(evaluation, run))
             if number + 1 == len(runs) and len(runs) > 1:
                 results["comparisons"] = compare(results["methods"])
-            if output is not None and processes.rank == 0:
-                write_json(results, output)
+            if path is not None:
+                write_json(results, path)
                 if evaluation.timing[run.name]["questions"]:
-                    write_json(_timing(evaluation), timing_path(output))
+                    write_json(_timing(evaluation), timing_path(path))
+        return {**results, "timing": _timing(evaluation)}
     finally:
+        torch.set_num_threads(threads)
         log.close()
-    return {**results, "timing": _timing(evaluation)}
+
+
+def _threads(output: str | Path | None) -> int:
+    """Threads with which an evaluation was begun, else torch's: sums of other numbers differ in the last bits."""
+    try:
+        return int(json.loads(timing_path(output or "").read_text(encoding="utf-8"))["threads"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return torch.get_num_threads()
 
 
 def _timing(evaluation: Evaluation) -> dict[str, Any]:

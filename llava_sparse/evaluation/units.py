@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,6 +20,25 @@ Unit = list[Pair]
 def read_rows(dataset: datasets.Dataset | datasets.IterableDataset) -> list[dict[str, Any]]:
     """All questions, without their pictures."""
     return list(dataset.remove_columns("image"))
+
+
+def pictures_digest(dataset: datasets.Dataset | datasets.IterableDataset, rows: Sequence[dict[str, Any]]) -> str:
+    """A digest of the stored pictures: pictures that were exchanged under the same names have other answers."""
+    undecoded = dataset.cast_column("image", datasets.Image(decode=False))
+    if isinstance(undecoded, datasets.Dataset):
+        undecoded = undecoded.select(sorted(_first_rows(rows).values()))
+    found: dict[str, str] = {}
+    for row in undecoded:
+        if row["image_source"] not in found:
+            image = row["image"]
+            content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+            found[row["image_source"]] = hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _first_rows(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The first row of each picture."""
+    return {row["image_source"]: number for number, row in reversed(list(enumerate(rows)))}
 
 
 def plan_units(rows: Sequence[dict[str, Any]], batch_size: int, streamed: bool = False) -> list[Unit]:
@@ -46,7 +68,7 @@ class Pictures:
 
     def __init__(self, dataset: datasets.Dataset | datasets.IterableDataset, rows: Sequence[dict[str, Any]]) -> None:
         self._dataset = dataset
-        self._row_of = {row["image_source"]: number for number, row in reversed(list(enumerate(rows)))}
+        self._row_of = _first_rows(rows)
         self._stream: Iterator[dict[str, Any]] | None = None
 
     def of(self, unit: Unit) -> dict[str, Any]:

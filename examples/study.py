@@ -1,0 +1,189 @@
+"""The whole study on the reference model: every run, table and figure of docs/study.md. `make study` calls it.
+
+    python examples/study.py --results results/study --page docs/study.md
+
+Answers are kept in the results folder, so that a run that was stopped goes on, and a finished one takes no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llava_sparse.evaluation import evaluate_pope, figures, load_model
+from llava_sparse.evaluation.analysis import failure_curves, load_objects, read_log
+from llava_sparse.evaluation.statistics import kept_overlap, unpack_kept
+from llava_sparse.reference import SCENES
+
+log = Console(stderr=True)
+BUDGETS = (192, 128, 96, 64)
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Runs that are compared with each other; arguments as of `evaluate_pope`."""
+
+    name: str
+    methods: Sequence[str]
+    budgets: Sequence[int] = (64,)
+    seeds: Sequence[int] = (0,)
+    answer_mode: str = "logits"
+
+
+PARTS = [
+    Part("protocol", ["dense", "visionzip", "sparsevlm"], answer_mode="text"),
+    Part("budgets", ["dense", "visionzip", "sparsevlm", "random"], (*BUDGETS, 32), SEEDS),
+    Part("raters", [f"sparsevlm:raters={r}" for r in ("selected", "text", "all")], BUDGETS),
+    Part("recycling", ["sparsevlm", "sparsevlm:recycle=false"], BUDGETS),
+    Part("adaptive", ["sparsevlm", *(f"sparsevlm:version=1.0:scale={s}" for s in (1, 4, 8, 16, 32))]),
+    Part("split", [f"visionzip:budgets=[{64 - n},{n}]" for n in (0, 5, 10, 20, 32, 48, 63)]),
+    Part("depth", ["dense", *(f"random_decoder:layers=[{n}]:budgets=[64]" for n in (1, 3, 5))], seeds=SEEDS),
+]
+
+
+def run(part: Part, folder: Path, limit: int | None, loaded: Any) -> dict[str, Any]:
+    """Runs a part, or takes over what there is of it."""
+    log.print(f"{part.name}: {', '.join(part.methods)} at {', '.join(map(str, part.budgets))}", highlight=False)
+    results = evaluate_pope(
+        loaded, methods=part.methods, budget=part.budgets, seeds=part.seeds, answer_mode=part.answer_mode,
+        batch_size=24, limit=limit, output=folder / f"{part.name}.json",
+        on_progress=lambda name, done, total: log.print(f"  {name}: {done}/{total}") if done in (0, total) else None,
+    )  # fmt: skip
+    _, lines = read_log(folder / f"{part.name}.answers.jsonl")
+    kept = {name: {pair: line["kept"] for pair, line in found.items()} for name, found in lines.items()}
+    return {**results, "kept": kept}
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def bounded(part: dict[str, Any], metric: str) -> str:
+    low, high = part["intervals"][metric]
+    return f"{100 * part[metric]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def scores(results: dict[str, Any], metrics: Sequence[str] = ("accuracy", "precision", "recall", "f1")) -> str:
+    """A row for every run: means over the splits, with intervals."""
+    rows = [
+        [e["name"], f"{e['visual_tokens']:.1f}", *(bounded(e["scores"]["average"], metric) for metric in metrics)]
+        for e in results["methods"]
+    ]
+    return markdown(["run", "visual tokens", *metrics], rows)
+
+
+def aggregations(results: dict[str, Any]) -> str:
+    rows = []
+    for entry in results["methods"]:
+        found = entry["scores"]
+        parts = [*found["splits"].values(), found["average"], found["pooled"], found["unique"]]
+        rows.append([entry["name"], *(f"{100 * p['accuracy']:.1f} / {100 * p['f1']:.1f}" for p in parts)])
+    return markdown(["run", *found["splits"], "mean of splits", "pooled", "distinct pairs"], rows)
+
+
+def tests(results: dict[str, Any]) -> str:
+    rows = []
+    for pair in results["comparisons"]:
+        low, high = pair["interval"]
+        rows.append(
+            [
+                f"{pair['a']} − {pair['b']}",
+                f"{100 * pair['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                f"{pair['a_only_correct']} / {pair['b_only_correct']}",
+                f"{pair['p']:.2g}",
+                f"{pair['p_holm']:.2g}",
+                f"{100 * pair['equal_answers']:.1f}",
+                f"{pair['kappa']:.2f}",
+            ]
+        )
+    return markdown(["pair", "points", "only one right", "p", "p (Holm)", "equal answers", "kappa"], rows)
+
+
+def failures(results: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """Recall by what the asked object is like, a column for every run."""
+    objects = load_objects(SCENES / "objects.jsonl")
+    curves = [failure_curves(entry, results["kept"][entry["name"]], objects) for entry in results["methods"]]
+    rows = []
+    for feature in figures.FEATURES:
+        found = [{(b["low"], b["high"]): b for b in curve["recall"].get(feature, [])} for curve in curves]
+        for place in sorted({place for bins in found for place in bins}):
+            cells = [
+                f"{100 * b['rate']:.0f} [{100 * b['interval'][0]:.0f}, {100 * b['interval'][1]:.0f}] (n {b['count']})"
+                if (b := bins.get(place))
+                else "–"
+                for bins in found
+            ]
+            rows.append([f"{feature} {figures.bin_name(*place)}", *cells])
+    return markdown(["recall by", *(curve["run"] for curve in curves)], rows), curves
+
+
+def overlaps(results: dict[str, Any]) -> str:
+    """IoU of the patches that the runs keep at their last stage."""
+    pruned = [entry for entry in results["methods"] if entry["kind"]]
+    pairs = sorted(results["kept"][pruned[0]["name"]])
+    masks = {
+        entry["name"]: [unpack_kept(results["kept"][entry["name"]][pair][-1], entry["patches"]) for pair in pairs]
+        for entry in pruned
+    }
+    names = list(masks)
+    return markdown(["IoU", *names], [[a, *(f"{kept_overlap(masks[a], masks[b]):.2f}" for b in names)] for a in names])
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+
+
+def fill(page: Path, tables: dict[str, str]) -> None:
+    """Puts tables between the page's `<!-- table: name -->` and `<!-- end -->`."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = marked.subn(lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text)
+        if count != 1:
+            raise ValueError(f"{page}: the marks of the table {name!r} are there {count} times; once is needed.")
+    page.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results/study"), help="folder for answers and results")
+    parser.add_argument("--page", type=Path, help="page whose tables are renewed, with figures in a folder beside it")
+    parser.add_argument("--limit", type=int, help="questions per split")
+    given = parser.parse_args()
+    given.results.mkdir(parents=True, exist_ok=True)
+    loaded = load_model()
+    found = {part.name: run(part, given.results, given.limit, loaded) for part in PARTS}
+    table: Callable[..., str] = scores
+    recall, curves = failures(found["protocol"])
+    tables = {part.name: table(found[part.name]) for part in PARTS}
+    tables |= {
+        "aggregations": aggregations(found["protocol"]),
+        "tests": tests(found["protocol"]),
+        "failures": recall,
+        "overlaps": overlaps(found["protocol"]),
+        "scores": scores(found["budgets"], ("roc_auc", "average_precision", "brier")),
+    }
+    if given.page is None:
+        for name, text in tables.items():
+            print(f"{name}\n\n{text}\n")
+        return
+    fill(given.page, tables)
+    pictures = given.page.with_suffix("")
+    pictures.mkdir(exist_ok=True)
+    at_64 = [e for e in found["budgets"]["methods"] if e["budget"] in (None, 64) and e["seed"] in (None, 0)]
+    save(figures.accuracy_against_tokens(found["budgets"]["methods"]), pictures / "accuracy.png")
+    save(figures.precision_recall(at_64), pictures / "precision_recall.png")
+    save(figures.failure(curves), pictures / "failure.png")
+    save(figures.survival(curves), pictures / "survival.png")
+
+
+if __name__ == "__main__":
+    main()
