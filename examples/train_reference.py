@@ -32,7 +32,12 @@ STAGES = {
         decoder_stage,
         Stage("pictures", 300, 32, GRID, 1e-3, vision_rate=5e-4, attention="sdpa", word_weight=0.3),
     ),
+    "polish": (
+        decoder_stage,
+        Stage("polish", 320, 32, GRID, 8e-4, vision_rate=8e-4, attention="sdpa", word_weight=0.3),
+    ),
 }
+LAST = "polish"
 
 
 def main() -> None:
@@ -43,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--effort", type=float, default=1.0, help="multiplies the steps of every stage")
-    parser.add_argument("--until", choices=STAGES, default="pictures", help="the last stage to run")
+    parser.add_argument("--until", choices=STAGES, default=LAST, help="the last stage to run")
     parser.add_argument("--noto", type=Path, default=NOTO)
     parser.add_argument("--twemoji", type=Path, default=TWEMOJI)
     given = parser.parse_args()
@@ -65,7 +70,7 @@ def main() -> None:
             break
     if world > 1:
         dist.destroy_process_group()
-    if rank == 0 and given.until == "pictures":
+    if rank == 0 and given.until == LAST:
         checkpoint = given.folder / "checkpoint"
         run.model.half().save_pretrained(checkpoint)
         build_processor().save_pretrained(checkpoint)

@@ -84,8 +84,9 @@ def test_invalid_processors(settings, message):
         tiny.processor(SparseLlavaProcessor, **settings)
 
 
-# Training takes hours: test_train_reference.py.
-EXAMPLES = [script for script in sorted((ROOT / "examples").glob("*.py")) if script.name != "train_reference.py"]
+# These take hours, and have tests of their own.
+LONG = ("study.py", "train_reference.py")
+EXAMPLES = [script for script in sorted((ROOT / "examples").glob("*.py")) if script.name not in LONG]
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
