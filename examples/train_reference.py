@@ -4,8 +4,8 @@
     export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
     torchrun --nproc_per_node 2 examples/train_reference.py --folder runs/reference
 
-On a CPU, single-thread processes are faster than threads, and an allocator that keeps its memory twice as fast as one
-that gives it back. Run the same command again to go on where a run stopped.
+The settings are for CPUs: single-thread processes instead of threads, and an allocator that keeps the large blocks that
+it would else give back after every step. Run the same command again to go on where a run stopped.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import llava_sparse
 from llava_sparse.evaluation import Asker, LoadedModel, answering, evaluate_pope, load_model, load_pope
 from llava_sparse.evaluation.answer_log import AnswerLog, log_path
 from llava_sparse.evaluation.report import describe_model, timing_path
-from llava_sparse.evaluation.units import pictures_digest, read_rows
+from llava_sparse.evaluation.units import Pictures, pictures_digest, plan_units, read_rows
 
 ASKED = ["is it red", "what is there now", "No dog ?"]
 # Of a method's name, its settings; dense is none.
@@ -329,3 +329,23 @@ def test_output_in_no_folder_of_ours(reference, tmp_path):
     with pytest.raises(OSError, match="too long"):
         evaluate_pope(reference, methods=["dense"], limit=1, output=Path(tmp_path) / f"{'a' * 245}.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_undecodable_picture_is_named():
+    dataset = load_pope(limit=2)
+    rows = dataset.remove_columns("image").to_list()
+    broken = type(dataset).from_list(
+        [{**row, "image": {"path": None, "bytes": b"?"}} for row in rows], dataset.features
+    )
+    with pytest.raises(ValueError, match=r"image 'scene_000000.jpg' cannot be decoded"):
+        Pictures(broken, rows).of([("scene_000000.jpg", "")])
+
+
+def test_units_hold_whole_pictures():
+    rows = [{"image_source": image, "question": str(n)} for n, image in enumerate("aabbbbbcaad")]
+    units = plan_units(rows, 4)
+    assert [[image for image, _ in unit] for unit in units] == [list("aaaa"), list("bbbbb"), list("cd")]
+    streamed = plan_units(rows, 4, streamed=True)
+    assert [[image for image, _ in unit] for unit in streamed] == [list("aa"), list("bbbbb"), list("caad")]
+    assert [pair for unit in streamed for pair in unit] == [(row["image_source"], row["question"]) for row in rows]
+    assert sum(map(len, plan_units(rows + rows, 4))) == len(rows)

@@ -66,7 +66,7 @@ def captions(loaded: LoadedModel, questions: Path, images: Path) -> dict[str, fl
     for row in rows:
         if row["answer"] == "yes" and row["image_source"] in present:
             present[row["image_source"]].add(row["question"].split()[3])
-    repeated = named = found = asked = wrong = 0
+    repeated = named = found = asked = empty = 0
     for name in names:
         (picture,) = pictures.of([(name, "")]).values()
         (answer,) = asker.answer(asker.pixels([picture]), [0], ["What is in the image?"], 1)
@@ -75,10 +75,10 @@ def captions(loaded: LoadedModel, questions: Path, images: Path) -> dict[str, fl
         named += len(said)
         found += len(present[name] & set(said))
         asked += len(present[name])
-        wrong += not said
+        empty += not said
     return {
         "captions that repeat a word": repeated / len(names),
         "objects asked about that captions name": found / asked,
         "words a caption": named / len(names),
-        "empty captions": wrong / len(names),
+        "empty captions": empty / len(names),
     }

@@ -39,8 +39,7 @@ class Stage:
         rate: of AdamW and Muon for what the stage is about.
         vision_rate: of the tower where it is trained along; 0 freezes it.
         questions: yes/no questions a crop.
-        attention: backend; training on a CPU, eager is 2.4 times as fast as SDPA on crops of 12 x 12 patches, and half
-            as fast on whole pictures.
+        attention: backend; training on a CPU, eager is faster than SDPA on small crops, and slower on whole pictures.
         first_layer: of the decoder; those before it are left out and not trained.
         caption_weight: of the captions' loss beside that of the answers; word_weight: of `word_loss`.
     """

@@ -13,7 +13,7 @@ import datasets
 
 from llava_sparse.reference import SCENES
 
-from .data_checks import FEATURES, SPLITS, Pictures, Report, Row, checked, refuse, show
+from .data_checks import FEATURES, SPLITS, PictureChecks, Report, Row, checked, refuse, show
 from .sources import HUB_DATASET, Source, from_annotations, from_hub, from_path
 
 __all__ = ["FEATURES", "HUB_DATASET", "SPLITS", "load_pope"]
@@ -148,7 +148,7 @@ class _Questions:
     splits: list[str]
     report: Report
     chosen: dict[str, set[str]] | None = None
-    pictures: Pictures = field(default_factory=Pictures)
+    pictures: PictureChecks = field(default_factory=PictureChecks)
 
     def labels(self) -> Labels:
         """The answers of all questions, whose pictures are not looked at.

@@ -122,7 +122,7 @@ def file_inside(folder: Path, name: Any) -> Path:
     return file
 
 
-class Pictures:
+class PictureChecks:
     """Checks pictures, decoding each distinct one once."""
 
     def __init__(self) -> None:

@@ -42,8 +42,11 @@ class Evaluation:
     """What the runs of one evaluation share.
 
     Attributes:
-        questions: all rows, without pictures; units: what is answered together, in order.
-        batch_size: halved where memory does not suffice.
+        dataset: the questions with their pictures; rows: all of them without; units: what is answered together, in
+            order.
+        batch_size: questions at a time; halved where memory does not suffice.
+        resumed: units, over all runs, that the log has already.
+        timing: by the names of runs, what `timing_path` is to hold.
     """
 
     loaded: LoadedModel
@@ -177,13 +180,9 @@ def evaluate_pope(
         loaded.with_run(run)
 
     prompt = loaded.prompt(short_answer=True) if prompt is None else prompt
-    chosen = {"dataset": str(dataset), **(subset or {}), "limit": limit, "skip_bad": skip_bad}
     settings = {
         **describe_model(loaded),
-        **{name: value if isinstance(value, (int, list)) else str(value) for name, value in chosen.items() if value},
-        "limit": limit,
-        "pictures_sha256": pictures_digest(questions, rows),
-        "questions_sha256": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+        **_describe_questions(questions, rows, dataset, limit, skip_bad, subset or {}),
         "methods": list(methods),
         "budgets": [budget] if isinstance(budget, int) else list(budget),
         "seeds": list(seeds),
@@ -193,7 +192,7 @@ def evaluate_pope(
         "grouped": grouped,
         "max_new_tokens": MAX_NEW_TOKENS,
     }
-    units = plan_units(rows, batch_size, streamed=bool(chosen.get("streaming")))
+    units = plan_units(rows, batch_size, streamed=bool(settings.get("streaming")))
     # One process writes; the others keep in memory what they are told.
     path = Path(output) if output is not None and processes.rank == 0 else None
     log = AnswerLog(None if path is None else log_path(path), settings, versions())
@@ -230,10 +229,25 @@ def evaluate_pope(
         log.close()
 
 
+def _describe_questions(
+    questions: Any, rows: list[dict[str, Any]], dataset: Any, limit: int | None, skip_bad: bool, subset: dict[str, Any]
+) -> dict[str, Any]:
+    """Which questions are asked: how they were chosen, and digests of them and of their pictures."""
+    chosen = {"dataset": dataset, **subset, "skip_bad": skip_bad}
+    return {
+        **{name: value if isinstance(value, (int, list)) else str(value) for name, value in chosen.items() if value},
+        "limit": limit,
+        "pictures_sha256": pictures_digest(questions, rows),
+        "questions_sha256": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+    }
+
+
 def _threads(output: str | Path | None) -> int:
     """Threads with which an evaluation was begun, else torch's: sums of other numbers differ in the last bits."""
+    if output is None:
+        return torch.get_num_threads()
     try:
-        return int(json.loads(timing_path(output or "").read_text(encoding="utf-8"))["threads"])
+        return int(json.loads(timing_path(output).read_text(encoding="utf-8"))["threads"])
     except (OSError, ValueError, KeyError, TypeError):
         return torch.get_num_threads()
 
