@@ -26,7 +26,10 @@ from reference.training import Run, Stage, decoder_stage, projector_stage, visio
 STAGES = {
     "vision": (vision_stage, Stage("vision", 1000, 128, 12, 2e-3)),
     "projector": (projector_stage, Stage("projector", 200, 32, 12, 3e-3)),
-    "decoder": (decoder_stage, Stage("decoder", 600, 64, 8, 2e-3, first_layer=FIRST_LAYER, caption_weight=0.3)),
+    "decoder": (
+        decoder_stage,
+        Stage("decoder", 600, 64, 8, 2e-3, first_layer=FIRST_LAYER, caption_weight=0.3, decoys=False),
+    ),
     "windows": (decoder_stage, Stage("windows", 450, 32, 16, 1.5e-3, vision_rate=5e-4)),
     "pictures": (
         decoder_stage,
@@ -36,8 +39,12 @@ STAGES = {
         decoder_stage,
         Stage("polish", 320, 32, GRID, 8e-4, vision_rate=8e-4, attention="sdpa", word_weight=0.3),
     ),
+    "finish": (
+        decoder_stage,
+        Stage("finish", 80, 32, GRID, 6e-4, vision_rate=6e-4, attention="sdpa", word_weight=0.3, decoys=False),
+    ),
 }
-LAST = "polish"
+LAST = "finish"
 
 
 def main() -> None:

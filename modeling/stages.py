@@ -50,7 +50,7 @@ class Prompt:
         text = RatingRows(self.rater_columns, self.raters, torch.maximum(self.rater_columns, self.last[:, None]))
         if not visual:
             return text
-        most = max((group.columns.shape[1] for group in self.groups), default=0)
+        most = max([0] + [group.columns.shape[1] for group in self.groups])
         columns = self.columns.new_zeros(self.columns.shape[0], most)
         rates = torch.zeros_like(columns, dtype=torch.bool)
         for group in self.groups:
@@ -109,8 +109,7 @@ def open_prompt(
     """Finds the groups and the raters of a prompt before the first layer."""
     batch, length = layout.visual.shape
     groups = visual_groups(layout, tokens_per_image)
-    most = max([layout.text_counts[row] for group in groups for row in group.rows], default=0)
-    most = max(1, most)
+    most = max([1] + [layout.text_counts[row] for group in groups for row in group.rows])
     rater_columns = (~layout.text).int().argsort(dim=1, stable=True)[:, :most]
     text_valid = layout.text.gather(1, rater_columns)
     raters = torch.zeros_like(text_valid)
@@ -166,7 +165,7 @@ def apply_reductions(
     """Compacts the batch after a stage: `hidden` `(batch, length, channels)` and all that goes with it."""
     batch, length, channels = hidden.shape
     keep = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
-    most = max((r.merged_count for r in reductions), default=0)
+    most = max([0] + [r.merged_count for r in reductions])
     merged = hidden.new_zeros(batch, most, channels)
     merged_positions = prompt.position_ids.new_zeros(batch, most)
     removed, inserted = [0] * batch, [0] * batch
@@ -228,10 +227,10 @@ def record_stage(layer: int, reductions: Sequence[Reduction], raters: Tensor) ->
     batch = raters.shape[0]
     device = reductions[0].scores.device if reductions else "cpu"
     widths = [
-        max((x.shape[1] for x in column), default=0)
+        max([0] + [x.shape[1] for x in column])
         for column in ([r.kept for r in reductions], [r.scores for r in reductions])
     ]
-    numbers = max((r.group.next_number for r in reductions), default=0)
+    numbers = max([0] + [r.group.next_number for r in reductions])
     kept = torch.full((batch, widths[0]), -1, dtype=torch.int64, device=device)
     scores = torch.full((batch, widths[1]), -torch.inf, device=device)
     merge_map = torch.full((batch, numbers), -1, dtype=torch.int64, device=device)

@@ -24,7 +24,7 @@ from .scenes import CATEGORIES, PARTLY
 
 BACKGROUND_WEIGHT = 0.25  # most patches show nothing
 PRESENT_WEIGHT = 4.0
-WARM_UP, FINAL_RATE = 60, 0.05
+WARM_UP, FINAL_RATE = 60, 0.05  # steps at most, share of the rate
 SAVE_EVERY = 100
 
 
@@ -42,6 +42,7 @@ class Stage:
         attention: backend; training on a CPU, eager is faster than SDPA on small crops, and slower on whole pictures.
         first_layer: of the decoder; those before it are left out and not trained.
         caption_weight: of the captions' loss beside that of the answers; word_weight: of `word_loss`.
+        decoys: whether the decoder's first layers are shown some.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Stage:
     first_layer: int = 0
     caption_weight: float = 1.0
     word_weight: float = 0.0
+    decoys: bool = True
 
 
 class Run:
@@ -203,8 +205,7 @@ def decoder_stage(run: Run, stage: Stage) -> None:
         with torch.set_grad_enabled(stage.vision_rate > 0):
             outputs = run.vision(batch.pixels, batch.corners)
         features = model.model.multi_modal_projector(outputs[0][:, 1:])
-        # Without its first layers the decoder has none that a decoy could be shown to.
-        orders = (torch.arange(len(ids)), {}) if stage.first_layer else decoy_orders(rng, len(ids))
+        orders = decoy_orders(rng, len(ids)) if stage.decoys else (torch.arange(len(ids)), {})
         hidden = decode(model, features, ids, layout, orders, stage.first_layer)
         said, after, caption = (
             model.lm_head(hidden[:, place]).float() for place in (layout.answer, layout.end, layout.caption)
@@ -248,7 +249,7 @@ def train(run: Run, stage: Stage, modules: dict[nn.Module, float], loss: Loss) -
     shown: dict[str, float] = {}
     start, first = time.perf_counter(), step
     while step < stage.steps:
-        scale = min(1, (step + 1) / WARM_UP) * (
+        scale = min(1, (step + 1) / min(WARM_UP, stage.steps // 3 + 1)) * (
             FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
         )
         for group, rate in zip((g for o in found for g in o.param_groups), base, strict=True):
