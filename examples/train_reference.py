@@ -39,9 +39,10 @@ STAGES = {
         decoder_stage,
         Stage("polish", 320, 32, GRID, 8e-4, vision_rate=8e-4, attention="sdpa", word_weight=0.3),
     ),
+    "sharpen": (vision_stage, Stage("sharpen", 240, 32, GRID, 8e-4, attention="sdpa", balanced=True)),
     "finish": (
         decoder_stage,
-        Stage("finish", 80, 32, GRID, 6e-4, vision_rate=6e-4, attention="sdpa", word_weight=0.3, decoys=False),
+        Stage("finish", 60, 32, GRID, 5e-4, vision_rate=3e-4, attention="sdpa", word_weight=0.3, balanced=True),
     ),
 }
 LAST = "finish"

@@ -276,6 +276,86 @@ def report(
             log.print(f"Report: {path}", soft_wrap=True, markup=False)
 
 
+@app.command(
+    epilog="Example: llava-sparse bench --shape small --methods visionzip,sparsevlm --budgets 192,64 --batch-sizes 1,4"
+)
+def bench(
+    model: Model = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights of a shape: llava-1.5-7b, llava-1.5-13b, small.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas; options behind colons.")
+    ] = "visionzip,sparsevlm",
+    budgets: Annotated[
+        str, typer.Option("--budget", "--budgets", callback=_check_numbers, help="Visual tokens retained.")
+    ] = "64",
+    batch_sizes: Annotated[str, typer.Option(callback=_check_numbers, help="Prompts at a time, e.g. 1,8,32.")] = "1",
+    text_tokens: Annotated[str, typer.Option(callback=_check_numbers, help="Words of a prompt, e.g. 40,400.")] = "40",
+    attn_implementations: Annotated[
+        str, typer.Option(help="Attention backends: sdpa, eager, flash_attention_2, ...")
+    ] = "sdpa",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, end to end.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements, dense and pruned in turn.")] = 5,
+    warm_up: Annotated[int, typer.Option(min=0, help="Rounds before, which do not count.")] = 1,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile all models, the dense one too.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file for results. Run again, it goes on where it was.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="The figure: a .png, .svg or .pdf file.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder for profiler traces; nothing is timed then.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Measure what every stage costs: time, arithmetic, cache and memory, against the dense model."""
+    from .visualize import check_figure_output
+
+    if plot is not None:
+        check_figure_output(plot)
+    with _Advance(shown=True) as advance:
+        _prepare()
+        from .benchmark import bench as run_bench
+        from .benchmark import plot as draw_plot
+        from .benchmark import profile as run_profile
+        from .benchmark import table
+        from .evaluation import split_methods
+
+        names, places = split_methods(methods), (_numbers(batch_sizes), _numbers(text_tokens))
+        if profile is not None:
+            tables = run_profile(
+                model, shape, names, _numbers(budgets), batch_size=places[0][0], text_tokens=places[1][0],
+                dtype=dtype, device=device, folder=profile,
+            )  # fmt: skip
+        else:
+            results = run_bench(
+                model,
+                shape,
+                names,
+                _numbers(budgets),
+                batch_sizes=places[0],
+                text_tokens=places[1],
+                attn_implementations=_names(attn_implementations) or (),
+                new_tokens=new_tokens,
+                rounds=rounds,
+                warm_up=warm_up,
+                compiled=compiled,
+                dtype=dtype,
+                device=device,
+                output=output,
+                on_progress=advance,
+            )
+    if profile is not None:
+        for run, text in tables.items():
+            typer.echo(f"{run}\n{text}")
+        return
+    out = Console()
+    out = out if out.is_terminal else Console(width=200)
+    out.print(table(results))
+    if plot is not None:
+        draw_plot(results).savefig(plot, dpi=160)
+        log.print(f"Figure: {plot}", soft_wrap=True, markup=False)
+
+
 @app.command(epilog="Example: llava-sparse methods")
 def methods() -> None:
     """List the methods, with their kind, options and papers."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from .pruned_cache import surplus
+from .pruned_cache import remembered, surplus
 
 
 class CandidatesAfterPrompt:
@@ -66,11 +66,24 @@ class PrunedGenerationMixin:
         generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
         return generator if self.model.sparsifier is None else CandidatesAfterPrompt(generator)
 
-    def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """Keeps the mask two-dimensional for static caches too: runs of layers make their own of it."""
-        if self.model.sparsifier is not None:
+    def create_masks_for_generate(
+        self,
+        config: Any,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> Any:
+        """Keeps the mask two-dimensional for static caches too: runs of layers make their own of it.
+
+        At every step it has the same shape, so that the step is compiled once; what is to come is hidden as the future.
+        """
+        if self.model.sparsifier is None and not remembered(past_key_values):
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        if attention_mask is None or inputs_embeds.shape[1] > 1 or not remembered(past_key_values):
             return attention_mask
-        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+        capacity = max(getattr(layer, "max_cache_len", 0) for layer in past_key_values.layers)  # type: ignore[union-attr]
+        return nn.functional.pad(attention_mask, (0, max(0, capacity - attention_mask.shape[1])), value=1)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any

@@ -21,7 +21,7 @@ from .attention_rows import TAP, RowTap, row_probabilities, watch
 from .pruned_cache import ShortenedPrompt, remember, remembered
 from .sparsifier import DecoderSparsifier, RaterAttention, Selection, exact
 from .stages import Prompt, RatingRows, apply_reductions, open_prompt, record_stage, reduce_group
-from .token_layout import PromptLayout, VisualGroup, compact_positions
+from .token_layout import PromptLayout, VisualGroup, following_positions
 
 # Rows of attention that are there at a time where every token rates.
 RATER_BLOCK = 64
@@ -212,11 +212,9 @@ class PrunedDecoderMixin:
         cache: Any,
     ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         """Masks and rotary tables of new tokens for a run of layers that holds a shortened prompt."""
-        batch, new, _ = hidden.shape
-        total = prompt.total(attention_mask, cache, first, new)
-        mask = prompt.mask_with(attention_mask, total)
+        mask = prompt.mask_with(attention_mask, prompt.total(attention_mask, cache, first, hidden.shape[1]))
         if prompt.positions == "compact":
-            position_ids = compact_positions(mask, hidden.new_empty(batch, total, 0), newest=new)
+            position_ids = following_positions(mask, cache.get_seq_length(first), hidden)
         return self._run_of_layers(first, hidden, mask, position_ids, cache)
 
     def _kind(self, layer: int) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .pruned_cache import ShortenedPrompt, remembered, surplus
-from .token_layout import PADDING, PromptLayout, compact_positions, plan_compaction
+from .token_layout import PADDING, PromptLayout, following_positions, plan_compaction
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def drop_surplus(
             earlier = valid.new_ones(batch, held) if earlier is None else earlier
             mask = torch.cat([earlier, valid], dim=1)
     total = held + columns.shape[1]
-    positions = compact_positions(mask, embeds.new_empty(batch, total, 0), newest=columns.shape[1])
+    positions = following_positions(mask, held, columns)
     shortened = ShortenedPrompt(mask, total, before + length, "compact")
     new_layout = layout.moved(plan)
     if plan.valid is not None:
@@ -107,8 +107,8 @@ def drop_surplus(
 
 def translate(inputs: DecoderInputs, prompt: ShortenedPrompt, cache: Any) -> DecoderInputs:
     """Mask and positions of new tokens in terms of the tokens that layer 0 holds: `prompt` and what followed it."""
-    batch, new, _ = inputs.embeds.shape
-    total = prompt.total(inputs.attention_mask, cache, 0, new)
-    mask = prompt.mask_with(inputs.attention_mask, total)
-    positions = compact_positions(mask, inputs.embeds.new_empty(batch, total, 0), newest=new)
+    mask = prompt.mask_with(
+        inputs.attention_mask, prompt.total(inputs.attention_mask, cache, 0, inputs.embeds.shape[1])
+    )
+    positions = following_positions(mask, cache.get_seq_length(), inputs.embeds)
     return replace(inputs, attention_mask=mask, position_ids=positions)

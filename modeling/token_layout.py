@@ -146,17 +146,26 @@ def plan_compaction(
     return Compaction(source, destination, inserted_at, new_valid, new_lengths)
 
 
-def compact_positions(valid: Tensor | None, like: Tensor, newest: int | None = None) -> Tensor:
-    """Positions 0, 1, ... over the valid tokens of each row, 0 on left padding; of the `newest` columns if given.
+def compact_positions(valid: Tensor | None, like: Tensor) -> Tensor:
+    """Positions 0, 1, ... over the valid tokens of each row, 0 on left padding.
 
     Args:
         valid: `(batch, length)` bool; None without padding, and then `like` is `(batch, length, ...)`.
     """
     if valid is None:
-        positions = torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
-    else:
-        positions = (valid.cumsum(1) - 1).clamp(min=0)
-    return positions if newest is None else positions[:, positions.shape[1] - newest :]
+        return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
+    return (valid.cumsum(1) - 1).clamp(min=0)
+
+
+def following_positions(valid: Tensor | None, past: int | Tensor, new: Tensor) -> Tensor:
+    """Compact positions of the tokens `new` `(batch, n, ...)` behind `past` held ones.
+
+    Args:
+        valid: `(batch, at least past + n)` bool, or None without padding.
+        past: a static cache counts it on the device; no shape depends on it then, so that a step can be compiled once.
+    """
+    columns = (past + torch.arange(new.shape[1], device=new.device)).expand(new.shape[0], -1)
+    return columns if valid is None else compact_positions(valid, new).gather(1, columns)
 
 
 @dataclass(frozen=True)

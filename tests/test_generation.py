@@ -369,15 +369,23 @@ def test_static_cache(model, processor, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [tiny.CASES[0], tiny.CASES[2], tiny.CASES[4]], ids=lambda c: c.name)
-def test_static_cache_compiled(model, processor):
-    """What `generate` does on a GPU: decoding steps compiled around a static cache."""
-    compile_config = CompileConfig(backend="eager", mode=None)
+@pytest.mark.parametrize("padded", [False, True])
+def test_static_cache_compiled(model, processor, padded):
+    """What `generate` does on a GPU: decoding steps compiled around a static cache, in one graph for all of them."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_config = CompileConfig(backend=backend, mode=None, fullgraph=True, dynamic=False)
     compile_config._compile_all_devices = True
-    batch = tiny.inputs(processor, tiny.QUESTIONS)
+    batch = tiny.inputs(processor, tiny.QUESTIONS if padded else tiny.QUESTIONS[:1])
     torch._dynamo.reset()
-    compiled = generate(model, batch, cache_implementation="static", compile_config=compile_config)
-    assert torch.equal(compiled, generate(model, batch))
+    settings = {"cache_implementation": "static", "max_new_tokens": 8, "min_new_tokens": 8}
+    compiled = generate(model, batch, **settings, compile_config=compile_config)
+    assert torch.equal(compiled, generate(model, batch, max_new_tokens=8, min_new_tokens=8))
+    assert len(graphs) == 1
 
 
 def test_cache_made_by_the_caller(model, processor):

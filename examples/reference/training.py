@@ -23,6 +23,7 @@ from .model import END, NO, QUESTION_WORDS, VOCABULARY, YES, Vision
 from .scenes import CATEGORIES, PARTLY
 
 BACKGROUND_WEIGHT = 0.25  # most patches show nothing
+BACKGROUND_SHARE, SMALLEST = 0.4, 3  # of `balanced_patches`; patches
 PRESENT_WEIGHT = 4.0
 WARM_UP, FINAL_RATE = 60, 0.05  # steps at most, share of the rate
 SAVE_EVERY = 100
@@ -42,7 +43,8 @@ class Stage:
         attention: backend; training on a CPU, eager is faster than SDPA on small crops, and slower on whole pictures.
         first_layer: of the decoder; those before it are left out and not trained.
         caption_weight: of the captions' loss beside that of the answers; word_weight: of `word_loss`.
-        decoys: whether the decoder's first layers are shown some.
+        decoys: whether the decoder's first layers are shown some. balanced: whether the tower learns by
+            `balanced_patches`.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Stage:
     caption_weight: float = 1.0
     word_weight: float = 0.0
     decoys: bool = True
+    balanced: bool = False
 
 
 class Run:
@@ -114,12 +117,27 @@ def optimisers(modules: dict[nn.Module, float]) -> list[torch.optim.Optimizer]:
     return found
 
 
-def vision_losses(run: Run, outputs: tuple[Tensor, ...], batch: Batch) -> tuple[Tensor, Tensor]:
+def named_patches(patch: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of the patches' categories, `(batch, patches, categories)` logits."""
+    return F.cross_entropy(patch.float().flatten(0, 1), labels.flatten(), ignore_index=PARTLY, weight=weights)
+
+
+def balanced_patches(patch: Tensor, labels: Tensor) -> Tensor:
+    """As `named_patches`, every category of a picture counting the same: else what is small hardly counts."""
+    each = F.cross_entropy(patch.float().transpose(1, 2), labels, ignore_index=PARTLY, reduction="none")
+    known = labels != PARTLY
+    index = labels.where(known, torch.zeros_like(labels))
+    sizes = torch.zeros_like(patch[:, 0], dtype=torch.float32).scatter_add(1, index, known.float())
+    weight = 1 / sizes.gather(1, index).clamp(min=SMALLEST)
+    objects = known & (labels > 0)
+    shown = (each * weight)[objects].sum() / weight[objects].sum()
+    return BACKGROUND_SHARE * each[labels == 0].mean() + (1 - BACKGROUND_SHARE) * shown
+
+
+def vision_losses(run: Run, outputs: tuple[Tensor, ...], batch: Batch, balanced: bool = False) -> tuple[Tensor, Tensor]:
     """Losses of patches and of CLS."""
     _, patch, present, present_last = outputs
-    dense = F.cross_entropy(
-        patch.float().flatten(0, 1), batch.labels.flatten(), ignore_index=PARTLY, weight=run.patch_weights
-    )
+    dense = balanced_patches(patch, batch.labels) if balanced else named_patches(patch, batch.labels, run.patch_weights)
     known = torch.from_numpy(batch.present).to(run.device)
     mask = (known >= 0).float()
     weight = torch.tensor(PRESENT_WEIGHT, device=run.device)
@@ -145,7 +163,7 @@ def vision_stage(run: Run, stage: Stage) -> None:
     def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         batch = run.draw(rng, stage)
         outputs = run.vision(batch.pixels, batch.corners)
-        dense, cls = vision_losses(run, outputs, batch)
+        dense, cls = vision_losses(run, outputs, batch, stage.balanced)
         return dense + 2 * cls, {"patch": dense, "cls": cls, "objects": object_accuracy(outputs[1], batch.labels)}
 
     train(run, stage, {run.vision: stage.rate}, loss)
@@ -222,7 +240,7 @@ def decoder_stage(run: Run, stage: Stage) -> None:
             parts["words"] = word_loss(run, features, batch.labels, rng)
             total = total + stage.word_weight * parts["words"]
         if stage.vision_rate:
-            dense, cls = vision_losses(run, outputs, batch)
+            dense, cls = vision_losses(run, outputs, batch, stage.balanced)
             total = total + 0.5 * (dense + 2 * cls)
         right = ((said[..., YES] > said[..., NO]) == (answers == 1)).float()
         named = (caption.argmax(-1) == captions)[captions >= 0].float()

@@ -107,10 +107,10 @@ def load_model(
     """
     path = str(CHECKPOINT if name is None else name)
     _check_llava(path)
-    place = _device(device)
+    place = resolve_device(device)
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model, report = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=_dtype(dtype, place), output_loading_info=True, **options
+        path, dtype=resolve_dtype(dtype, place), output_loading_info=True, **options
     )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -143,7 +143,12 @@ def _check_llava(path: str) -> None:
         raise ValueError(f"{path}: model_type {kind!r} is no LLaVA; allowed: {', '.join(MODEL_TYPES)}.")
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """A device by torch's name, or `"auto"`: the first GPU, else the CPU.
+
+    Raises:
+        ValueError: if it is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -156,7 +161,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """A dtype by name; `"auto"` stays so on a GPU, and on a CPU is what is fast there.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one.
+    """
     allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name in allowed:
         return allowed[name]

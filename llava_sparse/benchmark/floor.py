@@ -1,0 +1,54 @@
+"""The least time that a stage can take on a machine: its arithmetic and its memory traffic at full speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .timing import Clock
+
+REPEATS = 5
+
+
+@torch.inference_mode()
+def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the device reaches with one large product of matrices, and reading one large tensor.
+
+    Returns:
+        `flops`, operations a second; `bandwidth`, bytes a second.
+    """
+    clock = Clock(device)
+    size, length = (8192, 2**30) if clock.on_gpu else (1536, 2**26)
+    a = torch.randn(size, size, device=device).to(dtype)
+    data = torch.ones(length // dtype.itemsize, dtype=dtype, device=device)
+    # A matrix times a vector, which is what decoding does with the weights.
+    matrix, vector = data.view(-1, 1024), data[:1024]
+
+    def best(call: Any) -> float:
+        call()
+        return min(clock.time(call) for _ in range(REPEATS))
+
+    return {"flops": 2 * size**3 / best(lambda: a @ a), "bandwidth": length / best(lambda: matrix @ vector)}
+
+
+def floors(model: Any, entry: dict[str, Any], rates: dict[str, float]) -> dict[str, float]:
+    """Seconds below which a result of `bench` cannot fall: `prefill`, and `decode` for a token of every prompt.
+
+    Arithmetic overlaps with memory traffic: the longer of the two counts. A prefill reads every weight once; a step of
+    decoding reads the decoder's and the whole cache.
+    """
+    parts = model.model
+    decoder = _bytes(parts.language_model) + _bytes(model.lm_head)
+    batch = entry["place"]["batch_size"]
+    flops = batch * sum(entry["flops_by_formula"].values())
+    weights = decoder + _bytes(parts.vision_tower) + _bytes(parts.multi_modal_projector)
+    step = 2 * batch * decoder / model.dtype.itemsize
+    return {
+        "prefill": max(flops / rates["flops"], weights / rates["bandwidth"]),
+        "decode": max(step / rates["flops"], (decoder + entry["kv_bytes"]) / rates["bandwidth"]),
+    }
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -1,0 +1,304 @@
+"""The benchmark: every method, budget, batch size, text length and backend against the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig
+
+import llava_sparse
+from llava_sparse.evaluation.report import check_output, versions
+from llava_sparse.evaluation.runs import DENSE, Run, plan_runs
+
+from .floor import floors, machine_rates
+from .flops import measured_flops, prefill_flops
+from .report import load_results, write_results
+from .shapes import make_inputs, open_model
+from .timing import Clock, interleaved, spread, stages
+
+DECODE_STEPS = 16
+MEASURES = ("prefill", "decode", "generate")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Under what models are compared: prompts at a time, words of each, attention backend."""
+
+    batch_size: int
+    text_tokens: int
+    attn_implementation: str
+
+
+def bench(
+    model: Any = None,
+    shape: str | None = None,
+    methods: Sequence[str] = ("visionzip", "sparsevlm"),
+    budgets: Sequence[int] = (64,),
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    text_tokens: Sequence[int] = (40,),
+    attn_implementations: Sequence[str] = ("sdpa",),
+    new_tokens: int = 64,
+    rounds: int = 5,
+    warm_up: int = 1,
+    compiled: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    output: str | Path | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measures what every stage costs, against the dense model.
+
+    Args:
+        model: a Hub id, a folder or a loaded LLaVA; or `shape`, one of `SHAPES`, with random weights.
+        methods, budgets: as of `evaluate_pope`; the dense model is always measured too.
+        new_tokens: of the end-to-end time; rounds: of interleaved measurements; warm_up: rounds before them.
+        compiled: whether towers and decoders, the dense model's too, are compiled.
+        output: JSON file, written whenever a place is done; what it has already is not measured again.
+        on_progress: called with what is measured, and how many of all rounds are done.
+
+    Returns:
+        `settings`, `environment`, `rates` of the machine, `results`: an entry for every run and place (see
+        docs/performance.md).
+
+    Raises:
+        ValueError: for a setting that is not allowed, or an output that was begun with others.
+        OSError: if the output cannot be written, or the model cannot be read.
+    """
+    runs = plan(methods, budgets)
+    _check_numbers(batch_sizes=(batch_sizes, 1), text_tokens=(text_tokens, 2), rounds=([rounds], 1))
+    _check_numbers(new_tokens=([new_tokens], 1), warm_up=([warm_up], 0))
+    if output is not None:
+        check_output(output)
+    dense = open_model(model, shape, dtype, device)
+    settings = {
+        "model": str(shape or dense.config.name_or_path or "reference"),
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "warm_up": warm_up,
+        "compiled": compiled,
+        "runs": [run.name for run in runs],
+    }
+    found: dict[str, Any] = {"settings": settings, "environment": environment(dense.device), "results": []}
+    if output is not None and Path(output).exists():
+        found = _go_on(found, load_results(output), output)
+    found.setdefault("rates", machine_rates(dense.device, dense.dtype))
+    done = {tuple(result["place"].values()) for result in found["results"]}
+    places = [Place(*values) for values in product(batch_sizes, text_tokens, attn_implementations)]
+    places = [place for place in places if tuple(asdict(place).values()) not in done]
+    progress = _Progress(on_progress, len(places) * len(MEASURES) * (rounds + warm_up))
+    for place in places:
+        entries = _measure(dense, runs, place, settings, progress)
+        for entry in entries:
+            if "error" not in entry:
+                entry["floor"] = floors(dense, entry, found["rates"])
+        found["results"] += entries
+        if output is not None:
+            write_results(found, output)
+    return found
+
+
+def plan(methods: Sequence[str], budgets: Sequence[int]) -> list[Run]:
+    """The runs of `methods` with all `budgets`, behind the dense model.
+
+    Raises:
+        ValueError: for an unknown method, option or budget.
+    """
+    return plan_runs([DENSE, *(name for name in methods if name != DENSE)], budgets)
+
+
+class _Progress:
+    def __init__(self, told: Callable[[str, int, int], None] | None, total: int) -> None:
+        self.told, self.done, self.total = told, 0, total
+
+    def __call__(self, what: str) -> None:
+        self.done += 1
+        if self.told is not None:
+            self.told(what, self.done, self.total)
+
+
+def _check_numbers(**fields: tuple[Sequence[int], int]) -> None:
+    for name, (values, least) in fields.items():
+        if not values or min(values) < least:
+            raise ValueError(f"{name}={list(values)}: whole numbers from {least} on are allowed.")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on beside the settings."""
+    found: dict[str, Any] = {**versions(), "device": device.type, "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found |= {"device_name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return found
+
+
+def _go_on(new: dict[str, Any], old: dict[str, Any], output: str | Path) -> dict[str, Any]:
+    """The results of an earlier run of the same benchmark."""
+    for part in ("settings", "environment"):
+        for name, value in new[part].items():
+            if old[part].get(name) != value:
+                raise ValueError(
+                    f"{output} was begun with {name}={old[part].get(name)!r}, not {value!r}; "
+                    "allowed: the same, or another output."
+                )
+    return old
+
+
+def _measure(
+    dense: Any, runs: Sequence[Run], place: Place, settings: dict[str, Any], progress: _Progress
+) -> list[dict[str, Any]]:
+    """Entries of all runs at one place."""
+    dense.set_attn_implementation(place.attn_implementation)
+    clock = Clock(dense.device)
+    inputs = make_inputs(dense, place.batch_size, place.text_tokens)
+    subjects = {
+        run.name: Subject(
+            dense if run.method == DENSE else llava_sparse.sparsify(dense, run.method, **run.sparsity),
+            inputs,
+            clock,
+            settings["new_tokens"],
+        )
+        for run in runs
+    }
+    entries: dict[str, dict[str, Any]] = {}
+    for name, subject in subjects.items():
+        try:
+            entries[name] = {"run": name, "place": asdict(place), **subject.counts(), "seconds": {}}
+        except torch.OutOfMemoryError:
+            entries[name] = {"run": name, "place": asdict(place), "error": "out of memory"}
+    able = {name: subject for name, subject in subjects.items() if "error" not in entries[name]}
+    if settings["compiled"]:
+        for subject in able.values():
+            subject.compile()
+    for measure in MEASURES:
+        calls = {name: getattr(subject, measure) for name, subject in able.items()}
+        label = f"{measure}, batch {place.batch_size}, {place.text_tokens} words, {place.attn_implementation}"
+        times = interleaved(calls, settings["rounds"], settings["warm_up"], partial(progress, label))
+        for name, values in times.items():
+            entries[name]["seconds"][measure] = spread(values)
+            entries[name].setdefault("speedup", {})[measure] = spread(
+                [a / b for a, b in zip(times[DENSE], values, strict=True)]
+            )
+    for name in able:
+        entries[name]["kv_visual_share"] = _visual_share(entries[name], entries[DENSE], place)
+        entries[name]["flops_share"] = entries[name]["flops"] / entries[DENSE]["flops"]
+    return list(entries.values())
+
+
+def _visual_share(entry: dict[str, Any], dense: dict[str, Any], place: Place) -> float:
+    """Bytes that visual tokens take in the cache, of those they take in the dense model's."""
+    held, all_held = (sum(n - place.text_tokens for n in e["lengths"]) for e in (entry, dense))
+    return held / all_held
+
+
+class Subject:
+    """A model with prompts, and what is measured of it."""
+
+    def __init__(self, model: Any, inputs: dict[str, Tensor], clock: Clock, new_tokens: int) -> None:
+        self.model, self.inputs, self.clock, self.new_tokens = model, inputs, clock, new_tokens
+        self.settings: dict[str, Any] = {}  # for `generate`, where all is compiled
+
+    @torch.inference_mode()
+    def _prompt(self) -> Any:
+        return self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def counts(self) -> dict[str, Any]:
+        """What is counted and not timed, and the time of each stage of one prefill; warms up.
+
+        Operations are those of one prompt; bytes those of the batch.
+        """
+        outputs = self._prompt()
+        layers = outputs.past_key_values.layers
+        lengths = [layer.keys.shape[2] for layer in layers]
+        kv_bytes = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+        one = Subject(self.model, {name: value[:1] for name, value in self.inputs.items()}, self.clock, 1)
+        sparsifier = getattr(self.model.model, "sparsifier", None)
+        patches = int((self.inputs["input_ids"][0] == self.model.config.image_token_id).sum())
+        formula = prefill_flops(self.model, lengths, getattr(sparsifier, "tokens", patches))
+        del outputs, layers
+        with stages(self.model, self.clock) as told:
+            for _ in range(2):
+                told()
+                self._prompt()
+            breakdown = told()
+        return {
+            "lengths": lengths,
+            "kv_bytes": kv_bytes,
+            "peak_bytes": self._peak(),
+            "flops": measured_flops(one._prompt),
+            "flops_by_formula": formula,
+            "stages": breakdown,
+        }
+
+    def _peak(self) -> int | None:
+        """Bytes that a prefill needs at most beside the weights; None where torch does not count."""
+        if not self.clock.on_gpu:
+            return None
+        device = self.clock.device
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        self._prompt()
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def compile(self) -> None:
+        """Compiles what a prompt goes through, and for `generate` the step that a static cache allows."""
+        mode = "reduce-overhead" if self.clock.on_gpu else None
+        for part in (self.model.model.vision_tower, self.model.model.language_model):
+            part.compile(fullgraph=True, dynamic=False, mode=mode)
+        config = CompileConfig(fullgraph=True, dynamic=False, mode=mode)
+        # A CPU too: transformers compiles by itself on a GPU only.
+        config._compile_all_devices = True
+        self.settings = {"cache_implementation": "static", "compile_config": config}
+
+    def prefill(self) -> float:
+        """Seconds from pixels and ids to the first token's logits."""
+        return self.clock.time(self._prompt)
+
+    def decode(self) -> float:
+        """Seconds a token, behind the prompt."""
+        if self.settings:
+            whole, first = self._generate(DECODE_STEPS + 1), self._generate(1)
+            return (whole - first) / DECODE_STEPS
+        return self._step()
+
+    def generate(self) -> float:
+        """Seconds of `generate`, prompt and `new_tokens` tokens."""
+        return self._generate(self.new_tokens)
+
+    @torch.inference_mode()
+    def _generate(self, count: int) -> float:
+        asked = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "num_beams": 1}
+
+        def call() -> None:
+            self.model.generate(**self.inputs, **asked, **self.settings)
+
+        return self.clock.time(call)
+
+    @torch.inference_mode()
+    def _step(self) -> float:
+        """Seconds a token, without `generate` around it."""
+        outputs = self._prompt()
+        mask, token = self.inputs["attention_mask"], outputs.logits[:, -1].argmax(-1, keepdim=True)
+
+        def steps() -> None:
+            nonlocal mask, token
+            for _ in range(DECODE_STEPS):
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                said = self.model(
+                    input_ids=token,
+                    attention_mask=mask,
+                    position_ids=mask.sum(-1, keepdim=True) - 1,
+                    past_key_values=outputs.past_key_values,
+                    use_cache=True,
+                )
+                token = said.logits[:, -1].argmax(-1, keepdim=True)
+
+        return self.clock.time(steps) / DECODE_STEPS

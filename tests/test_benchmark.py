@@ -1,0 +1,245 @@
+"""The benchmark: what it counts is right, what it times is there, and a run that was stopped goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import llava_sparse
+from llava_sparse.benchmark import SHAPES, bench, build_model, load_results, plot, profile, table
+from llava_sparse.benchmark.flops import decoder_flops, measured_flops, prefill_flops
+from llava_sparse.benchmark.shapes import make_inputs
+from llava_sparse.benchmark.timing import Clock, interleaved, spread, stages
+
+SPARSEVLM = "sparsevlm:layers=[0,2]:budgets=[6,3]"
+QUICK = {"methods": ["visionzip", SPARSEVLM], "budgets": [5], "rounds": 2, "new_tokens": 3, "text_tokens": [9]}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return bench(tiny.dense_model(), batch_sizes=[1, 2], **QUICK)
+
+
+def test_an_entry_for_every_run_and_place(results):
+    names = ["dense", "visionzip@5", SPARSEVLM]
+    assert results["settings"]["runs"] == names
+    assert [entry["run"] for entry in results["results"]] == names * 2
+    assert [entry["place"]["batch_size"] for entry in results["results"]] == [1] * 3 + [2] * 3
+    for entry in results["results"]:
+        for measure in ("prefill", "decode", "generate"):
+            seconds = entry["seconds"][measure]
+            assert len(seconds["values"]) == 2
+            assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
+        assert set(entry["stages"]) == {"vision tower", "projector", "decoder", "selection"}
+        assert (entry["stages"]["selection"] > 0) == (entry["run"] != "dense")
+        assert sum(entry["stages"].values()) < 20 * entry["seconds"]["prefill"]["high"]
+        assert min(entry["floor"].values()) > 0
+
+
+def test_speed_up_is_against_dense_of_the_same_round(results):
+    dense, pruned = results["results"][:2]
+    ratios = [
+        a / b for a, b in zip(*(e["seconds"]["prefill"]["values"] for e in (dense, pruned)), strict=True)
+    ]  # fmt: skip
+    assert pruned["speedup"]["prefill"]["values"] == ratios
+    assert dense["speedup"]["prefill"]["median"] == 1
+
+
+def test_cache_is_counted_from_its_tensors(results):
+    dense, zipped, sparse = results["results"][3:]
+    token = 2 * 2 * 2 * 16 * 4  # rows, keys and values, heads, channels, bytes
+    for entry, lengths in ((dense, [25] * 6), (zipped, [14] * 6)):
+        assert entry["lengths"] == lengths
+        assert entry["kv_bytes"] == sum(lengths) * token
+    # Of 16 visual tokens 6 stay, and of the other 10, 3 are merged into 1; then 3 of 7, and 1 merged of 4.
+    assert sparse["lengths"] == [25, 16, 16, 13, 13, 13]
+    assert zipped["kv_visual_share"] == pytest.approx(5 / 16)
+    assert sparse["kv_visual_share"] == pytest.approx((16 + 2 * 7 + 3 * 4) / 96)
+    assert sparse["kv_bytes"] == sum(sparse["lengths"]) * token
+
+
+def test_dense_arithmetic_by_hand(results):
+    """Every product of matrices that the tiny model makes, written out."""
+    n, d, m, h = 25, 64, 128, 32
+    layer = 2 * n * d * (64 + h + h + 64) + 2 * (2 * n * n * 64) + 3 * (2 * n * d * m)
+    tower = 2 * 16 * 588 * 64 + 6 * (4 * 2 * 17 * 64 * 64 + 4 * 17 * 17 * 64 + 2 * 2 * 17 * 64 * 128)
+    projector = 2 * 16 * (64 * 64 + 64 * 64)
+    dense = results["results"][0]
+    assert sum(dense["flops_by_formula"].values()) == 6 * layer + 2 * d * 64 + tower + projector
+    assert dense["flops"] == pytest.approx(sum(dense["flops_by_formula"].values()), rel=1e-3)
+
+
+def test_the_papers_formula_is_ours_for_a_plain_multilayer_perceptron():
+    """Equation 12 counts multiply-adds and two matrices of the perceptron: ours less one matrix, halved."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=8)
+    n, d, m = 616, 4096, 11008
+    ours = decoder_flops(config, [n]) - 2 * d * 8 - 2 * n * d * m
+    assert ours / 2 == 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Few layers of a width at which what a method does is as small a share as in a real model."""
+    config = LlavaConfig(
+        text_config=LlamaConfig(
+            hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
+            num_key_value_heads=4, vocab_size=64,
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, image_size=168,
+            patch_size=14,
+        ),
+        image_token_index=60,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("visionzip", {"budget": 20}),
+        ("sparsevlm", {"layers": [1, 3], "budgets": [60, 20]}),
+        ("sparsevlm", {"layers": [1, 3], "budgets": [60, 20], "options": {"version": "2.0"}}),
+        ("random", {"budget": 20}),
+        ("random_decoder", {"layers": [1], "budgets": [20]}),
+    ],
+)
+def test_formula_and_count_agree(wide, method, settings):
+    model = llava_sparse.sparsify(wide, method, **settings)
+    inputs = make_inputs(model, 1, 20)
+    with torch.no_grad():
+        lengths = [x.keys.shape[2] for x in model(**inputs, use_cache=True).past_key_values.layers]
+        counted = measured_flops(lambda: model(**inputs, logits_to_keep=1))
+    formula = sum(prefill_flops(model, lengths, getattr(model.model.sparsifier, "tokens", 144)).values())
+    assert counted == pytest.approx(formula, rel=0.02)
+
+
+def test_stages_take_the_selection_out(dense):
+    model = llava_sparse.sparsify(dense, "visionzip", budget=5)
+    inputs = make_inputs(model, 1, 9)
+    with stages(model, Clock(torch.device("cpu"))) as told:
+        model(**inputs)
+        first, second = told(), told()
+    assert min(first.values()) > 0
+    assert set(second.values()) == {0}
+    assert not model.model.vision_tower._forward_hooks
+
+
+def test_rounds_go_around():
+    order = []
+    calls = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
+    assert interleaved(calls, rounds=2, warm_up=1) == {"a": [3, 5], "b": [4, 6]}
+    assert order == list("ababab")
+
+
+def test_spread():
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0, "values": [3.0, 1.0, 2.0]}
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0])["high"] == 4.0
+
+
+def test_goes_on_where_it_was(tmp_path):
+    output = tmp_path / "bench.json"
+    first = bench(tiny.dense_model(), batch_sizes=[1], output=output, **QUICK)
+    both = bench(tiny.dense_model(), batch_sizes=[1, 2], output=output, **QUICK)
+    assert json.loads(output.read_text()) == both == load_results(output)
+    assert both["results"][:3] == first["results"]
+    assert len(both["results"]) == 6
+    with pytest.raises(ValueError, match=r"was begun with rounds=2, not 3"):
+        bench(tiny.dense_model(), output=output, **{**QUICK, "rounds": 3})
+    output.write_text("[]")
+    with pytest.raises(ValueError, match="no results of llava-sparse bench"):
+        bench(tiny.dense_model(), output=output, **QUICK)
+    assert output.read_text() == "[]"
+
+
+@pytest.mark.slow
+def test_compiled(monkeypatch):
+    """All parts of all models are compiled; a graph that breaks is an error."""
+    calls = []
+    stock = torch.compile
+
+    def eager(*args, **settings):
+        calls.append(settings.pop("fullgraph"))
+        return stock(*args, **{**settings, "backend": "eager", "mode": None}, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", eager)
+    torch._dynamo.reset()
+    found = bench(tiny.dense_model(), compiled=True, **{**QUICK, "rounds": 1, "warm_up": 0})
+    assert found["settings"]["compiled"]
+    assert calls.count(True) == len(calls) == 3 * (2 + 1)
+    assert [entry["run"] for entry in found["results"]] == found["settings"]["runs"]
+
+
+def test_out_of_memory_is_an_entry(monkeypatch):
+    from llava_sparse.benchmark.run import Subject
+
+    counts = Subject.counts
+
+    def fails(self):
+        if getattr(self.model.model, "sparsifier", None) is not None:
+            raise torch.OutOfMemoryError("no memory")
+        return counts(self)
+
+    monkeypatch.setattr(Subject, "counts", fails)
+    found = bench(tiny.dense_model(), **QUICK)
+    assert [entry.get("error") for entry in found["results"]] == [None, "out of memory", "out of memory"]
+    console = Console(width=300, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(found))
+    assert "out of memory" in console.export_text()
+
+
+def test_table_and_figure(results):
+    console = Console(width=300, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(results))
+    text = console.export_text()
+    assert text.count("visionzip@5") == 2
+    assert "31 %" in text
+    assert isinstance(plot(results), Figure)
+
+
+def test_profile(tmp_path):
+    tables = profile(tiny.dense_model(), methods=["visionzip"], budgets=[5], text_tokens=9, folder=tmp_path / "traces")
+    assert list(tables) == ["dense", "visionzip@5"]
+    assert all("aten::" in text for text in tables.values())
+    for name in tables:
+        assert json.loads((tmp_path / "traces" / f"{name}.trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shape": "smal"}, r"shape 'smal' \(did you mean 'small'\?\)"),
+        ({"shape": "small", "model": "x"}, "model, shape: one of them"),
+        ({"methods": ["visionzp"]}, r"did you mean 'visionzip'\?"),
+        ({"batch_sizes": [0]}, r"batch_sizes=\[0\]: whole numbers from 1 on"),
+        ({"text_tokens": [1]}, r"text_tokens=\[1\]: whole numbers from 2 on"),
+        ({"rounds": 0}, r"rounds=\[0\]"),
+        ({"budgets": [577]}, "sparse_budget=577: an integer from 1 to 576"),
+        ({"attn_implementations": ["flsh"]}, "flsh"),
+    ],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bench(**arguments)
+
+
+def test_output_folder_is_checked_first(tmp_path):
+    with pytest.raises(OSError, match="cannot be written"):
+        bench("no-such-model", output=tmp_path / "missing" / "bench.json")
+
+
+def test_shapes(monkeypatch):
+    """The published models' shapes, on no device."""
+    counts = {"llava-1.5-7b": 7.06e9, "llava-1.5-13b": 13.35e9}
+    assert set(counts) < set(SHAPES)
+    for shape, count in counts.items():
+        model = build_model(shape, torch.bfloat16, "meta")
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=0.005)
+        assert model.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
