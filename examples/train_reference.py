@@ -21,7 +21,7 @@ from reference.data import render_scenes
 from reference.evaluation import evaluate
 from reference.model import FIRST_LAYER, build_model, build_processor
 from reference.scenes import GRID, NOTO, TWEMOJI, Assets
-from reference.training import Run, Stage, decoder_stage, projector_stage, vision_stage
+from reference.training import Run, Stage, average_stages, decoder_stage, projector_stage, vision_stage
 
 STAGES = {
     "vision": (vision_stage, Stage("vision", 1000, 128, 12, 2e-3)),
@@ -46,6 +46,7 @@ STAGES = {
     ),
 }
 LAST = "finish"
+AVERAGED = ("polish", "finish")
 
 
 def main() -> None:
@@ -79,6 +80,7 @@ def main() -> None:
     if world > 1:
         dist.destroy_process_group()
     if rank == 0 and given.until == LAST:
+        average_stages(run, AVERAGED)
         checkpoint = given.folder / "checkpoint"
         run.model.half().save_pretrained(checkpoint)
         build_processor().save_pretrained(checkpoint)

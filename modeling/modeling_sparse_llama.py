@@ -20,8 +20,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_rows import TAP, RowTap, row_probabilities, watch
 from .pruned_cache import ShortenedPrompt, remember, remembered
 from .sparsifier import DecoderSparsifier, RaterAttention, Selection, exact
-from .stages import Prompt, RatingRows, apply_reductions, open_prompt, record_stage, reduce_group
-from .token_layout import PromptLayout, VisualGroup, following_positions
+from .stages import Prompt, RatingRows, apply_reductions, open_prompt, record_stage, reduce_group, trim_cache
+from .token_layout import PromptLayout, VisualGroup
 
 # Rows of attention that are there at a time where every token rates.
 RATER_BLOCK = 64
@@ -195,6 +195,8 @@ class PrunedDecoderMixin:
                     remember(cache, index + 1, shortened)
                 masks, rotary = self._run_of_layers(index + 1, hidden, prompt.valid, prompt.position_ids, cache)
 
+        if prompt is not None and sparsifier is not None and sparsifier.trim_cache and cache is not None:
+            trim_cache(cache, sparsifier.layers, prompt, inputs_embeds.shape[1], sparsifier.positions)
         return SparseDecoderOutput(
             last_hidden_state=self.norm(hidden),
             past_key_values=cache if use_cache else None,
@@ -214,7 +216,7 @@ class PrunedDecoderMixin:
         """Masks and rotary tables of new tokens for a run of layers that holds a shortened prompt."""
         mask = prompt.mask_with(attention_mask, prompt.total(attention_mask, cache, first, hidden.shape[1]))
         if prompt.positions == "compact":
-            position_ids = following_positions(mask, cache.get_seq_length(first), hidden)
+            position_ids = prompt.positions_of(hidden, mask, cache.get_seq_length(first))
         return self._run_of_layers(first, hidden, mask, position_ids, cache)
 
     def _kind(self, layer: int) -> str:

@@ -110,5 +110,5 @@ def translate(inputs: DecoderInputs, prompt: ShortenedPrompt, cache: Any) -> Dec
     mask = prompt.mask_with(
         inputs.attention_mask, prompt.total(inputs.attention_mask, cache, 0, inputs.embeds.shape[1])
     )
-    positions = following_positions(mask, cache.get_seq_length(), inputs.embeds)
+    positions = prompt.positions_of(inputs.embeds, mask, cache.get_seq_length())
     return replace(inputs, attention_mask=mask, position_ids=positions)

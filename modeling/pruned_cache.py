@@ -8,12 +8,16 @@ mask and positions of the tokens that follow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from .token_layout import following_positions
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class ShortenedPrompt:
         held: tokens the cache layer holds of the prompt.
         length: tokens of the prompt as the caller counts.
         positions: "compact", counted within the run of layers, or "original", as the caller counts.
+        next_position: `(batch, 1)` int64, the position of what follows, where it is not the number of tokens held.
     """
 
     mask: Tensor | None
     held: int
     length: int
     positions: str
+    next_position: Tensor | None = None
 
     def mask_with(self, attention_mask: Tensor | None, total: int) -> Tensor | None:
         """The `(batch, total)` mask of all tokens that the layers hold, new ones included; None if nothing is masked.
@@ -62,8 +68,28 @@ class ShortenedPrompt:
             return self.held + attention_mask.shape[1] - self.length
         return int(length) + new
 
+    def positions_of(self, new: Tensor, mask: Tensor | None, past: int | Tensor) -> Tensor:
+        """Positions, counted within the layers, of the tokens `new` `(batch, n, ...)` behind the `past` held ones.
+
+        Args:
+            mask: of `mask_with`.
+        """
+        if self.next_position is None:
+            return following_positions(mask, past, new)
+        after = None if mask is None else mask[:, self.held :]
+        return self.next_position + following_positions(after, past - self.held, new)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ShortenedPrompt:
+        """The same for other rows: `change` takes what is `(batch, ...)`."""
+        mask, position = self.mask, self.next_position
+        return replace(
+            self,
+            mask=None if mask is None else change(mask),
+            next_position=None if position is None else change(position),
+        )
+
     def select(self, rows: Tensor) -> ShortenedPrompt:
-        return self if self.mask is None else replace(self, mask=self.mask[rows.to(self.mask.device)])
+        return self.map(lambda x: x[rows.to(x.device)])
 
 
 class ShortenedLayerMixin:
@@ -87,8 +113,8 @@ class ShortenedLayerMixin:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self.prompt is not None and self.prompt.mask is not None:
-            self.prompt = replace(self.prompt, mask=self.prompt.mask.repeat_interleave(repeats, dim=0))
+        if self.prompt is not None:
+            self.prompt = self.prompt.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
         held = int(self.get_seq_length())  # type: ignore[attr-defined]
@@ -145,3 +171,25 @@ def surplus(cache: Any) -> int:
     """Tokens of the prompt that the caller counts and layer 0 does not hold."""
     prompt = remembered(cache).get(0)
     return 0 if prompt is None else prompt.length - prompt.held
+
+
+def trim(cache: Cache, layers: range, columns: Tensor, there: Tensor, prompt: ShortenedPrompt) -> None:
+    """Keeps of a prompt, in some layers, the tokens at `columns` `(batch, n)`; `prompt` is what they then hold.
+
+    Args:
+        there: `(batch, n)` bool, false for columns that stand for no token.
+
+    Raises:
+        ValueError: for a cache that does not just hold tensors of all tokens.
+    """
+    for index in layers:
+        layer: Any = cache.layers[index]
+        kind = type(layer).__bases__[1] if isinstance(layer, ShortenedLayerMixin) else type(layer)
+        if kind is not DynamicLayer:
+            raise ValueError(
+                f"sparse_options: trim_cache=True works on a dynamic cache of full attention, not on {kind.__name__}."
+            )
+        rows = columns.where(there, torch.zeros_like(columns)).to(layer.keys.device)[:, None, :, None]
+        layer.keys = layer.keys.gather(2, rows.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
+        layer.values = layer.values.gather(2, rows.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
+    remember(cache, layers.start, prompt)

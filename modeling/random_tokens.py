@@ -17,6 +17,7 @@ from .sparsifier import (
     RaterAttention,
     check_choice,
     check_counts,
+    check_flag,
     is_count,
 )
 
@@ -116,16 +117,17 @@ class RandomDecoder(DecoderSparsifier):
     (`visual_mask`) need the model's argument `fingerprints`, or all get the same tokens.
 
     `sparse_budget` gives the layers and tokens of SparseVLM 2.0, which merges nothing either. Options: `seed`;
-    `positions`: "original" (default) or "compact" (renumbered after every pruning).
+    `positions`: "original" (default) or "compact" (renumbered after every pruning); `trim_cache`.
     """
 
     name = "random_decoder"
     paper = PAPER
     summary = "drops visual tokens at random between decoder layers, seeded, per prompt: a control"
-    option_defaults: ClassVar[dict[str, Any]] = {"positions": "original", "seed": 0}
+    option_defaults: ClassVar[dict[str, Any]] = {"positions": "original", "seed": 0, "trim_cache": False}
 
     positions: str = "original"
     seed: int = 0
+    trim_cache: bool = False
 
     @classmethod
     def resolve(
@@ -143,7 +145,7 @@ class RandomDecoder(DecoderSparsifier):
         counts = check_stage_budgets(
             cls.name, "2.0", geometry, stages, cls.check_budget(budget, geometry.patches), budgets
         )
-        return cls(stages, counts, positions, seed)
+        return cls(stages, counts, positions, seed, check_flag("trim_cache", chosen["trim_cache"]))
 
     def fingerprints(self, pixels: Tensor) -> Tensor:
         return image_fingerprints(pixels)

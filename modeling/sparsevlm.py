@@ -11,7 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .sparsifier import DecoderSparsifier, Geometry, RaterAttention, check_choice, check_counts, cluster_mean, to_float
+from .sparsifier import (
+    DecoderSparsifier,
+    Geometry,
+    RaterAttention,
+    check_choice,
+    check_counts,
+    check_flag,
+    cluster_mean,
+    to_float,
+)
 
 RECYCLED_SHARE = 0.3  # tau of the paper
 CLUSTER_SHARE = 10  # 1 / theta of the paper
@@ -227,7 +236,8 @@ class SparseVLM(DecoderSparsifier):
     largest sum, no merging, original positions) or "1.0" (the tokens kept follow from the rank r of the head-mean P:
     int(r * scale + bias), or with `lam` the paper's form V - lam * (V - r); fourth layer 19). `positions`: "compact"
     (renumbered after every pruning; default of 1.0 and 1.5) or "original" (default of 2.0; a merged token stands at the
-    mean position of its members). `scale`, `bias`, `lam`: version 1.0 alone.
+    mean position of its members). `scale`, `bias`, `lam`: version 1.0 alone. `trim_cache`:
+    see `DecoderSparsifier`; false, as published.
 
     Ablations of the paper (section 5). `raters`: "selected" (default, as above), "text" (all the text that may rate) or
     "all" (every token: text, and each visual token with what it sees, at each layer those still there; version 1.5;
@@ -256,6 +266,7 @@ class SparseVLM(DecoderSparsifier):
         "positions": None,
         "raters": "selected",
         "recycle": None,
+        "trim_cache": False,
         "scale": None,
         "bias": None,
         "lam": None,
@@ -265,6 +276,7 @@ class SparseVLM(DecoderSparsifier):
     positions: str = "compact"
     raters: str = "selected"
     recycle: bool = True
+    trim_cache: bool = False
     scale: float = 13.5
     bias: float = 0.0
     lam: float | None = None
@@ -288,6 +300,7 @@ class SparseVLM(DecoderSparsifier):
             "positions": check_choice("positions", given, POSITIONS),
             "raters": raters,
             "recycle": recycle,
+            "trim_cache": check_flag("trim_cache", chosen["trim_cache"]),
         }
         budget = cls.check_budget(budget, geometry.patches)
         stages = check_stages(version, geometry.decoder_layers, layers, budgets)
@@ -308,9 +321,7 @@ class SparseVLM(DecoderSparsifier):
             raise ValueError(
                 f"sparse_options: raters='all' belongs to version '1.5', not to {version!r}; allowed: selected, text."
             )
-        recycle = version != "2.0" if chosen["recycle"] is None else chosen["recycle"]
-        if not isinstance(recycle, bool):
-            raise ValueError(f"sparse_options: recycle={recycle!r}: true or false is allowed.")
+        recycle = check_flag("recycle", version != "2.0" if chosen["recycle"] is None else chosen["recycle"])
         if recycle and version == "2.0":
             raise ValueError("sparse_options: recycle=True: version '2.0' recycles nothing; take '1.5' or '1.0'.")
         return raters, recycle

@@ -87,6 +87,13 @@ def check_choice(option: str, value: object, allowed: Sequence[str]) -> str:
     return str(value)
 
 
+def check_flag(option: str, value: object) -> bool:
+    """Returns the `value` of an option if it is true or false; raises ValueError otherwise."""
+    if not isinstance(value, bool):
+        raise ValueError(f"sparse_options: {option}={value!r}: true or false is allowed.")
+    return value
+
+
 @dataclass(frozen=True)
 class Sparsifier(ABC):
     """A method with its hyper-parameters.
@@ -210,10 +217,16 @@ class DecoderSparsifier(Sparsifier):
 
     The layers `layers` run whole; their output is reduced. The kept tokens are the `counts` highest scores (ties go to
     the earlier token); all other tokens of the prompt stay.
+
+    Attributes:
+        positions: "compact", renumbered after every pruning, or "original".
+        trim_cache: whether, once a prompt is through, the cache of the layers up to the last pruning layer loses what
+            was pruned too: answers then cost less memory, and see less than in the papers.
     """
 
     kind: ClassVar[str] = "decoder"
     positions: str
+    trim_cache: bool = False
 
     @property
     def visual_raters(self) -> bool:

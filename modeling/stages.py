@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from .attention_rows import take_rows
+from .pruned_cache import ShortenedPrompt, remember, trim
 from .sparsifier import DecoderSparsifier, Selection, exact
 from .token_layout import (
     MERGED,
@@ -23,7 +25,12 @@ from .token_layout import (
 
 @dataclass
 class Prompt:
-    """The prompt as the layers now see it; replaced after every pruning layer."""
+    """The prompt as the layers now see it; replaced after every pruning layer.
+
+    Attributes:
+        earlier: for every run of layers before, `(batch, length)` int64 columns that the tokens had there, negative for
+            none, and `(batch, 1)` the position behind the last one.
+    """
 
     valid: Tensor | None
     lengths: list[int]
@@ -34,6 +41,7 @@ class Prompt:
     rater_columns: Tensor
     raters: Tensor
     fingerprints: Tensor
+    earlier: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Prompt:
         """The prompt where a layer of a model that is spread over devices has left its output."""
@@ -42,7 +50,8 @@ class Prompt:
         moved = {
             f.name: getattr(self, f.name).to(device) for f in fields(self) if torch.is_tensor(getattr(self, f.name))
         }
-        return replace(self, **moved, groups=[group.to(device) for group in self.groups])
+        earlier = [(columns.to(device), position.to(device)) for columns, position in self.earlier]
+        return replace(self, **moved, groups=[group.to(device) for group in self.groups], earlier=earlier)
 
     def rating_rows(self, visual: bool) -> RatingRows:
         """The text that may rate at the next pruning layer, behind the visual tokens where these rate too."""
@@ -196,6 +205,9 @@ def apply_reductions(
         columns = columns.masked_fill(~plan.valid, PADDING)
     hidden = plan.apply(hidden, merged if most else None)
     rater_columns = plan.destination.gather(1, prompt.rater_columns).clamp(0, hidden.shape[1] - 1)
+    here = torch.arange(length, device=hidden.device).expand(batch, -1)
+    runs = [*prompt.earlier, (here, prompt.position_ids.amax(1, keepdim=True) + 1)]
+    earlier = [(plan.apply(column, no_column if most else None), position) for column, position in runs]
     return hidden, Prompt(
         plan.valid,
         plan.lengths,
@@ -206,7 +218,29 @@ def apply_reductions(
         rater_columns,
         prompt.raters,
         prompt.fingerprints,
+        earlier,
     )
+
+
+def trim_cache(cache: Cache, layers: Sequence[int], prompt: Prompt, length: int, positions: str) -> None:
+    """Drops the pruned tokens of a prompt from the cache of the layers up to the last pruning layer too.
+
+    All layers then hold as many tokens of it, those that were merged later being hidden slots.
+
+    Args:
+        layers: the pruning layers; length: of the prompt as the caller counts.
+    """
+    starts = [0, *(layer + 1 for layer in layers)]
+    held = prompt.columns.shape[1]
+    valid = torch.ones_like(prompt.columns, dtype=torch.bool) if prompt.valid is None else prompt.valid
+    for first, end, (columns, position) in zip(starts, starts[1:], prompt.earlier, strict=False):
+        there = (columns >= 0) & valid
+        # Layer 0 is asked in the caller's terms, and the others in those of layer 0.
+        shortened = ShortenedPrompt(there, held, length if first == 0 else held, positions, position)
+        trim(cache, range(first, end), columns, there, shortened)
+    last = starts[-1]
+    if last < len(cache.layers):
+        remember(cache, last, ShortenedPrompt(prompt.valid, held, held, positions))
 
 
 def _next_group(r: Reduction, destination: Tensor, inserted: Tensor | None) -> VisualGroup:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -77,6 +78,9 @@ def build_model() -> LlavaForConditionalGeneration:
         vision_feature_select_strategy="default", image_seq_length=GRID * GRID,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=24, bos_token_id=1, eos_token_id=END, pad_token_id=0
+    )
     embeddings = model.model.vision_tower.embeddings
     nn.init.normal_(embeddings.patch_embedding.weight, std=0.03)
     nn.init.normal_(embeddings.position_embedding.weight, std=0.02)

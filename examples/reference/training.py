@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -326,3 +326,13 @@ def _resume(run: Run, stage: Stage, found: list[torch.optim.Optimizer]) -> int:
                 state.setdefault(int(rest[1]), {})[rest[2]] = value
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     return int(step)
+
+
+def average_stages(run: Run, names: Sequence[str]) -> None:
+    """Gives the model the mean of its weights at the ends of some stages, which is better than each of them.
+
+    (Model soups, arXiv 2203.05482.)
+    """
+    found = [load_file(run.folder / f"{name}.safetensors", device=str(run.device)) for name in names]
+    with torch.no_grad():
+        run.load({name: torch.stack([tensors[name] for tensors in found]).mean(0) for name in run.tensors()})
