@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test test-all test-gpu lint format clean
+.PHONY: help install demo study bench test test-all test-gpu lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,13 @@ demo: $(STAMP) ## dense, VisionZip and SparseVLM on the embedded reference model
 
 study: $(STAMP) ## every run, table and figure of docs/study.md; resumes
 	$(BIN)/python examples/study.py --results results/study --page docs/study.md $(ARGS)
+
+# Of a shape with random weights; only ratios to the dense model are compared.
+BENCH := --shape small --methods visionzip,sparsevlm --budgets 64 --batch-sizes 1,4 --new-tokens 16
+bench: $(STAMP) ## the benchmark of a small shape, compared with what is in benchmarks/results
+	@mkdir -p results && rm -f results/bench.json
+	$(BIN)/llava-sparse bench $(BENCH) --output results/bench.json --plot results/bench.png $(ARGS)
+	$(BIN)/python benchmarks/compare.py results/bench.json benchmarks/results/cpu-small.json
 
 # One thread: the tests' tiny models gain nothing from more, and on a busy machine threads waiting for each other make
 # them many times slower.

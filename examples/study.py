@@ -24,6 +24,10 @@ from llava_sparse.reference import SCENES
 log = Console(stderr=True)
 BUDGETS = (192, 128, 96, 64)
 SEEDS = (0, 1, 2)
+LAYERS = "[1,3,5]"
+# Kept tokens as published for 192, 128, 96, 64, and scales of the rank with about as many tokens in the mean.
+FIXED = ("[300,200,110]", "[303,110,36]", "[238,48,26]", "[66,30,17]")
+ADAPTIVE = (68, 48, 33, 12)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,13 @@ PARTS = [
     Part("budgets", ["dense", "visionzip", "sparsevlm", "random"], (*BUDGETS, 32), SEEDS),
     Part("raters", [f"sparsevlm:raters={r}" for r in ("selected", "text", "all")], BUDGETS),
     Part("recycling", ["sparsevlm", "sparsevlm:recycle=false"], BUDGETS),
-    Part("adaptive", ["sparsevlm", *(f"sparsevlm:version=1.0:scale={s}" for s in (1, 4, 8, 16, 32))]),
+    Part(
+        "adaptive",
+        [
+            *(f"sparsevlm:layers={LAYERS}:budgets={kept}" for kept in FIXED),
+            *(f"sparsevlm:version=1.0:layers={LAYERS}:scale={scale}" for scale in ADAPTIVE),
+        ],
+    ),
     Part("split", [f"visionzip:budgets=[{64 - n},{n}]" for n in (0, 5, 10, 20, 32, 48, 63)]),
     Part("depth", ["dense", *(f"random_decoder:layers=[{n}]:budgets=[64]" for n in (1, 3, 5))], seeds=SEEDS),
 ]
