@@ -139,11 +139,11 @@ def pope(
 class _Advance:
     """Shows how far each run is: bars on a terminal, else a line when a run begins and ends."""
 
-    def __init__(self, shown: bool) -> None:
+    def __init__(self, shown: bool, unit: str = "questions answered") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._lines = shown and not log.is_terminal
+        self._lines, self._unit = shown and not log.is_terminal, unit
         self._progress = Progress(*columns, console=log, disable=not (shown and log.is_terminal))
         self._tasks: dict[str, TaskID] = {}
 
@@ -160,9 +160,9 @@ class _Advance:
             self._progress.update(self._loading, visible=False)
             self._tasks[run] = self._progress.add_task(run)
             if self._lines:
-                log.print(f"{run}: {done} of {total} questions answered", markup=False, highlight=False)
+                log.print(f"{run}: {done} of {total} {self._unit}", markup=False, highlight=False)
         elif self._lines and done == total:
-            log.print(f"{run}: {done} of {total} questions answered", markup=False, highlight=False)
+            log.print(f"{run}: {done} of {total} {self._unit}", markup=False, highlight=False)
         self._progress.update(self._tasks[run], completed=done, total=total)
 
 
@@ -312,7 +312,7 @@ def bench(
 
     if plot is not None:
         check_figure_output(plot)
-    with _Advance(shown=True) as advance:
+    with _Advance(shown=True, unit="rounds") as advance:
         _prepare()
         from .benchmark import bench as run_bench
         from .benchmark import plot as draw_plot

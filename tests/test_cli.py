@@ -45,7 +45,7 @@ def run(capsys):
     return runner
 
 
-@pytest.mark.parametrize("command", [[], ["pope"], ["ask"], ["methods"]])
+@pytest.mark.parametrize("command", [[], ["pope"], ["bench"], ["ask"], ["methods"]])
 def test_help_has_an_example(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0
@@ -118,6 +118,15 @@ def test_pope_on_a_folder(run):
         (["ask", PICTURE, "Is there a dog?", "--method", "sparse-vlm"], 1, "did you mean 'sparsevlm'?"),
         (["ask", PICTURE, "Is there a dog?", "--budget", "1000"], 1, "sparse_budget=1000"),
         (["ask", PICTURE, "Is there a dog in this <image>?"], 1, "text without <image> is allowed"),
+        (["bench", "--shape", "7b"], 1, "shape '7b'"),
+        (["bench", "--shape", "small", "--model", "x"], 1, "model, shape: one of them is allowed"),
+        (["bench", "--methods", "visionzp"], 1, "did you mean 'visionzip'?"),
+        (["bench", "--batch-sizes", "0"], 1, "batch_sizes=[0]: whole numbers from 1 on"),
+        (["bench", "--batch-sizes", "1,x"], 2, "Invalid value for '--batch-sizes'"),
+        (["bench", "--rounds", "0"], 2, "Invalid value for '--rounds'"),
+        (["bench", "--attn-implementations", "magic"], 1, "magic"),
+        (["bench", "--output", "no-such-folder/bench.json"], 1, "a file in a folder that exists is allowed"),
+        (["bench", "--plot", "figure.doc"], 1, ".png"),
         (["answer"], 2, "No such command 'answer'"),
         (["pope", "--metods", "dense"], 2, "--metods"),
     ],
@@ -215,3 +224,21 @@ def test_pope_with_several_budgets_prompt_and_logits(run, tmp_path):
     assert results["settings"]["prompt"] == "USER: <image>\n{question} ASSISTANT:"
     assert list(results["methods"][0]["splits"]) == ["popular"]
     assert 0 <= results["methods"][0]["scores"]["average"]["roc_auc"] <= 1
+
+
+def test_bench(run, tmp_path):
+    """On the reference model, then again from its file, then only profiled."""
+    files = ["--output", tmp_path / "bench.json", "--plot", tmp_path / "bench.png"]
+    quick = ["bench", "--methods", "visionzip", "--rounds", 1, "--warm-up", 0, "--new-tokens", 2, "--text-tokens", 8]
+    code, out, err = run(*quick, *files)
+    assert code == 0
+    assert "visionzip@64" in out and "rounds" in err
+    assert (tmp_path / "bench.png").stat().st_size > 5000
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["settings"]["model"] == "reference"
+    assert [entry["run"] for entry in found["results"]] == ["dense", "visionzip@64"]
+    assert found["results"][1]["flops_share"] < 1
+    assert run(*quick, *files)[1] == out
+    code, out, _ = run(*quick, "--profile", tmp_path / "traces")
+    assert code == 0
+    assert "aten::" in out and (tmp_path / "traces" / "dense.trace.json").exists()

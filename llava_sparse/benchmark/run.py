@@ -16,6 +16,7 @@ from transformers import CompileConfig
 import llava_sparse
 from llava_sparse.evaluation.report import check_output, versions
 from llava_sparse.evaluation.runs import DENSE, Run, plan_runs
+from llava_sparse.reference import CHECKPOINT
 
 from .floor import floors, machine_rates
 from .flops import measured_flops, prefill_flops
@@ -79,7 +80,7 @@ def bench(
         check_output(output)
     dense = open_model(model, shape, dtype, device)
     settings = {
-        "model": str(shape or dense.config.name_or_path or "reference"),
+        "model": shape or dense.config.name_or_path.replace(str(CHECKPOINT), "reference"),
         "dtype": str(dense.dtype).removeprefix("torch."),
         "new_tokens": new_tokens,
         "rounds": rounds,
