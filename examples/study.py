@@ -99,14 +99,16 @@ def aggregations(results: dict[str, Any]) -> str:
     return markdown(["run", *found["splits"], "mean of splits", "pooled", "distinct pairs"], rows)
 
 
-def tests(results: dict[str, Any]) -> str:
+def comparisons(results: dict[str, Any], pairs: Sequence[tuple[str, str]] | None = None) -> str:
+    """A row for every two runs, or for some."""
     rows = []
     for pair in results["comparisons"]:
-        low, high = pair["interval"]
+        if pairs is not None and (pair["a"], pair["b"]) not in pairs:
+            continue
         rows.append(
             [
                 f"{pair['a']} − {pair['b']}",
-                f"{100 * pair['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                *(difference(pair, prefix) for prefix in ("average_", "")),
                 f"{pair['a_only_correct']} / {pair['b_only_correct']}",
                 f"{pair['p']:.2g}",
                 f"{pair['p_holm']:.2g}",
@@ -114,7 +116,33 @@ def tests(results: dict[str, Any]) -> str:
                 f"{pair['kappa']:.2f}",
             ]
         )
-    return markdown(["pair", "points", "only one right", "p", "p (Holm)", "equal answers", "kappa"], rows)
+    columns = ["mean of splits", "distinct pairs", "only one right", "p", "p (Holm)", "equal answers", "kappa"]
+    return markdown(["pair", *columns], rows)
+
+
+def difference(pair: dict[str, Any], prefix: str) -> str:
+    low, high = pair[f"{prefix}interval"]
+    return f"{100 * pair[f'{prefix}difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def ablation_tests(found: dict[str, Any]) -> str:
+    """Each ablation against the method as published, at the same budget."""
+    tables = []
+    for part in ("raters", "recycling", "adaptive", "split"):
+        names = [entry["name"] for entry in found[part]["methods"]]
+        if part == "adaptive":
+            half = len(names) // 2
+            pairs = list(zip(names[:half], names[half:], strict=True))
+        elif part == "split":
+            first = next(name for name in names if "[54,10]" in name)
+            pairs = [tuple(sorted((first, name), key=names.index)) for name in names if name != first]
+        else:
+            pairs = [(a, b) for a in names for b in names if a.partition("@")[2] == b.partition("@")[2]]
+            default = {names[n] for n in range(len(BUDGETS))}
+            pairs = [pair for pair in pairs if pair[0] in default]
+        tables.append(comparisons(found[part], pairs))
+    head, rule, *rows = tables[0].splitlines()
+    return "\n".join([head, rule, *rows, *(row for table in tables[1:] for row in table.splitlines()[2:])])
 
 
 def failures(results: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
@@ -176,9 +204,10 @@ def main() -> None:
     tables = {part.name: table(found[part.name]) for part in PARTS}
     tables |= {
         "aggregations": aggregations(found["protocol"]),
-        "tests": tests(found["protocol"]),
+        "tests": comparisons(found["protocol"]),
         "failures": recall,
         "overlaps": overlaps(found["protocol"]),
+        "ablations": ablation_tests(found),
         "scores": scores(found["budgets"], ("roc_auc", "average_precision", "brier")),
     }
     if given.page is None:
