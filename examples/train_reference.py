@@ -77,16 +77,17 @@ def main() -> None:
         train(run, replace(stage, steps=max(1, round(stage.steps * given.effort))))
         if name == given.until:
             break
-    if world > 1:
-        dist.destroy_process_group()
-    if rank == 0 and given.until == LAST:
+    if given.until == LAST:
         average_stages(run, AVERAGED)
         checkpoint = given.folder / "checkpoint"
-        run.model.half().save_pretrained(checkpoint)
-        build_processor().save_pretrained(checkpoint)
-        print(f"checkpoint: {checkpoint}")
+        if rank == 0:
+            run.model.half().save_pretrained(checkpoint)
+            build_processor().save_pretrained(checkpoint)
+            print(f"checkpoint: {checkpoint}")
         if given.test_scenes:
-            evaluate(checkpoint, given.folder / "test", given.test_scenes, assets, os.cpu_count() or 1)
+            evaluate(checkpoint, given.folder / "test", given.test_scenes, assets, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

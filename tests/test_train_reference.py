@@ -210,7 +210,7 @@ def test_evaluation_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     (tmp_path / "objects.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(evaluation, "SEEDS", (1, 2))
     monkeypatch.setattr(evaluation, "METHODS", ["dense", evaluation.DEPTHS[1]])
-    evaluation.evaluate(CHECKPOINT, tmp_path, len(names), Assets(), 1)
+    evaluation.evaluate(CHECKPOINT, tmp_path, len(names), Assets())
     out = capsys.readouterr().out
     assert "seed 1" in out and "random_decoder:layers=[3]" in out
     assert "captions that repeat a word 0." in out

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -23,36 +25,48 @@ METHODS = ["dense", "visionzip", "sparsevlm", "random", *DEPTHS]
 CAPTIONED = 300
 
 
-def evaluate(checkpoint: Path, folder: Path, count: int, assets: Assets, processes: int) -> None:
+def evaluate(checkpoint: Path, folder: Path, count: int, assets: Assets, rank: int = 0, world: int = 1) -> None:
     """Prints POPE's accuracy, dense and pruned to 64 tokens, and how good captions are.
 
     Args:
         folder: for `count` test scenes, their questions and the answers; what is there is taken over.
+        rank, world: of the processes that torchrun started, which share the questions.
 
     Questions are drawn, and tokens dropped at random, with each of `SEEDS`.
     """
-    if not (folder / "objects.jsonl").is_file():
-        write_question_folder(folder, TEST_SEED, count, assets, processes)
+    if rank == 0:
+        write_questions(folder, count, assets)
+    if world > 1:
+        dist.barrier()
     loaded = load_model(checkpoint)
     table = Table("run", *(f"seed {seed}" for seed in SEEDS), "mean", title=f"Accuracy over {count} test scenes")
     accuracy: dict[str, list[float]] = {}
     for seed in SEEDS:
-        questions = folder / f"questions_{seed}"
-        if not questions.is_dir():
-            write_pope(folder / "objects.jsonl", questions, seed=seed)
         results = evaluate_pope(
             loaded, methods=METHODS, budget=64, seeds=[seed], batch_size=24, output=folder / f"answers_{seed}.json",
-            subset={"annotations": questions, "images": folder / "images"},
-            on_progress=lambda name, done, total: print(f"{name}: {done}/{total}") if done == total else None,
+            subset={"annotations": folder / f"questions_{seed}", "images": folder / "images"},
+            on_progress=lambda name, done, total: (
+                print(f"{name}: {done}/{total}", flush=True) if done == total and rank == 0 else None
+            ),
         )  # fmt: skip
         for entry in results["methods"]:
             name = entry["name"].partition("@")[0].partition("#")[0]
             accuracy.setdefault(name, []).append(100 * entry["average"]["accuracy"])
+    if rank:
+        return
     for name, values in accuracy.items():
         table.add_row(name, *(f"{value:.1f}" for value in values), f"{statistics.mean(values):.1f}")
     Console(width=120).print(table)
     caption = captions(loaded, folder / f"questions_{SEEDS[0]}", folder / "images")
     print(", ".join(f"{name} {value:.3f}" for name, value in caption.items()))
+
+
+def write_questions(folder: Path, count: int, assets: Assets) -> None:
+    if not (folder / "objects.jsonl").is_file():
+        write_question_folder(folder, TEST_SEED, count, assets, os.cpu_count() or 1)
+    for seed in SEEDS:
+        if not (folder / f"questions_{seed}").is_dir():
+            write_pope(folder / "objects.jsonl", folder / f"questions_{seed}", seed=seed)
 
 
 def captions(loaded: LoadedModel, questions: Path, images: Path) -> dict[str, float]:
