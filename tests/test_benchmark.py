@@ -131,6 +131,25 @@ def test_stages_take_the_selection_out(dense):
     assert not model.model.vision_tower._forward_hooks
 
 
+def test_the_callers_model_stays_as_it_was(dense):
+    """A pruned model is measured as the dense one that it was made of, and keeps method and backend."""
+    pruned = llava_sparse.sparsify(dense, "visionzip", budget=5)
+    pruned.set_attn_implementation("eager")
+    found = bench(pruned, **{**QUICK, "rounds": 1, "warm_up": 0})
+    assert found["results"][0]["lengths"] == [25] * 6
+    assert pruned.config.sparse_method == "visionzip"
+    assert pruned.config._attn_implementation == "eager"
+    assert pruned.model.language_model._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("token", [0, 4, 63])
+def test_prompts_hold_one_picture(dense, token):
+    dense.config.image_token_id = token
+    ids = make_inputs(dense, 3, 400)["input_ids"]
+    assert ((ids == token).sum(1) == 16).all()
+    assert ids.min() >= 0 and ids.max() < 64
+
+
 def test_rounds_go_around():
     order = []
     calls = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}

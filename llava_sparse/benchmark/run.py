@@ -96,14 +96,18 @@ def bench(
     places = [Place(*values) for values in product(batch_sizes, text_tokens, attn_implementations)]
     places = [place for place in places if tuple(asdict(place).values()) not in done]
     progress = _Progress(on_progress, len(places) * len(MEASURES) * (rounds + warm_up))
-    for place in places:
-        entries = _measure(dense, runs, place, settings, progress)
-        for entry in entries:
-            if "error" not in entry:
-                entry["floor"] = floors(dense, entry, found["rates"])
-        found["results"] += entries
-        if output is not None:
-            write_results(found, output)
+    backend = dense.config._attn_implementation
+    try:
+        for place in places:
+            entries = _measure(dense, runs, place, settings, progress)
+            for entry in entries:
+                if "error" not in entry:
+                    entry["floor"] = floors(dense, entry, found["rates"])
+            found["results"] += entries
+            if output is not None:
+                write_results(found, output)
+    finally:
+        dense.set_attn_implementation(backend)
     return found
 
 
@@ -178,6 +182,25 @@ def _measure(
     if settings["compiled"]:
         for subject in able.values():
             subject.compile()
+    try:
+        _time(able, entries, place, settings, progress)
+    finally:
+        for subject in subjects.values():
+            subject.leave()
+    for name in able:
+        entries[name]["kv_visual_share"] = _visual_share(entries[name], entries[DENSE], place)
+        entries[name]["flops_share"] = entries[name]["flops"] / entries[DENSE]["flops"]
+    return list(entries.values())
+
+
+def _time(
+    able: dict[str, Subject],
+    entries: dict[str, dict[str, Any]],
+    place: Place,
+    settings: dict[str, Any],
+    progress: _Progress,
+) -> None:
+    """Puts the times of all models at one place into their entries."""
     for measure in MEASURES:
         calls = {name: getattr(subject, measure) for name, subject in able.items()}
         label = f"{measure}, batch {place.batch_size}, {place.text_tokens} words, {place.attn_implementation}"
@@ -187,10 +210,6 @@ def _measure(
             entries[name].setdefault("speedup", {})[measure] = spread(
                 [a / b for a, b in zip(times[DENSE], values, strict=True)]
             )
-    for name in able:
-        entries[name]["kv_visual_share"] = _visual_share(entries[name], entries[DENSE], place)
-        entries[name]["flops_share"] = entries[name]["flops"] / entries[DENSE]["flops"]
-    return list(entries.values())
 
 
 def _visual_share(entry: dict[str, Any], dense: dict[str, Any], place: Place) -> float:
@@ -258,6 +277,11 @@ class Subject:
         # A CPU too: transformers compiles by itself on a GPU only.
         config._compile_all_devices = True
         self.settings = {"cache_implementation": "static", "compile_config": config}
+
+    def leave(self) -> None:
+        """Leaves the caller's model as it was."""
+        for part in (self.model.model.vision_tower, self.model.model.language_model):
+            part._compiled_call_impl = None
 
     def prefill(self) -> float:
         """Seconds from pixels and ids to the first token's logits."""

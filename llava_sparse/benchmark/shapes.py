@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+import llava_sparse
 from llava_sparse.evaluation.models import load_model, resolve_device, resolve_dtype
 from llava_sparse.evaluation.runs import DENSE
 from llava_sparse.modeling.sparsifier import nearest
@@ -66,7 +67,9 @@ def build_model(shape: str, dtype: torch.dtype, device: torch.device | str) -> L
 
 
 def open_model(model: Any, shape: str | None, dtype: str, device: str) -> Any:
-    """A dense LLaVA: a loaded one as it is, by Hub id or folder, or of a shape; None for both is the reference model.
+    """A dense LLaVA: a loaded one, without its method if it has one; by Hub id or folder; or of a shape.
+
+    None for both is the reference model.
 
     Raises:
         ValueError: for a model and a shape, an unknown shape, dtype or device, or what is no LLaVA.
@@ -80,7 +83,7 @@ def open_model(model: Any, shape: str | None, dtype: str, device: str) -> Any:
         return build_model(shape, kind if isinstance(kind, torch.dtype) else torch.bfloat16, chosen)
     if model is None or isinstance(model, str | Path):
         return load_model(model, dtype, device).with_method(DENSE)
-    return model
+    return llava_sparse.sparsify(model, None) if getattr(model.config, "sparse_method", None) else model
 
 
 def make_inputs(model: Any, batch_size: int, text_tokens: int, seed: int = 0) -> dict[str, Tensor]:
@@ -93,7 +96,8 @@ def make_inputs(model: Any, batch_size: int, text_tokens: int, seed: int = 0) ->
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
     placeholders = (side // patch) ** 2 + (config.vision_feature_select_strategy == "full")
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(3, config.image_token_id, (batch_size, text_tokens), generator=generator)
+    words = torch.randint(config.text_config.vocab_size, (batch_size, text_tokens), generator=generator)
+    words = torch.where(words == config.image_token_id, words.new_tensor(config.image_token_id - 1).abs(), words)
     before = min(4, text_tokens - 1)
     image = torch.full((batch_size, placeholders), config.image_token_id)
     ids = torch.cat([words[:, :before], image, words[:, before:]], dim=1)
