@@ -160,6 +160,7 @@ class PrunedDecoderMixin:
 
         hidden = inputs_embeds
         selections: list[Selection] = []
+        kinds = self._kinds()
         masks, rotary = self._run_of_layers(0, hidden, attention_mask, position_ids, cache)
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             if index and index in carried:
@@ -174,7 +175,7 @@ class PrunedDecoderMixin:
                 tap = RowTap(rows.columns, cache, project_keys=checkpointed)
             hidden = layer(
                 hidden,
-                attention_mask=masks[self._kind(index)],
+                attention_mask=masks[kinds[index]],
                 position_ids=position_ids,
                 past_key_values=cache if tap is None else tap,
                 use_cache=use_cache,
@@ -219,21 +220,21 @@ class PrunedDecoderMixin:
             position_ids = prompt.positions_of(hidden, mask, cache.get_seq_length(first))
         return self._run_of_layers(first, hidden, mask, position_ids, cache)
 
-    def _kind(self, layer: int) -> str:
-        """The kind of attention of a layer, in the words of `layer_types`."""
+    def _kinds(self) -> list[str]:
+        """The kind of attention of every layer, in the words of `layer_types`."""
         kinds = getattr(self.config, "layer_types", None)
         if kinds is not None:
-            return kinds[layer]
-        return "full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"
+            return list(kinds)
+        windowless = getattr(self.config, "sliding_window", None) is None
+        return ["full_attention" if windowless else "sliding_attention"] * self.config.num_hidden_layers
 
     def _run_of_layers(
         self, first: int, hidden: Tensor, valid: Tensor | None, position_ids: Tensor, cache: Cache | None
     ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         """Masks (by kind of attention) and rotary tables for the layers from `first` on."""
         masks: dict[str, Any] = {}
-        for layer in range(first, self.config.num_hidden_layers):
-            kind = self._kind(layer)
-            if kind not in masks:
+        for layer, kind in enumerate(self._kinds()):
+            if layer >= first and kind not in masks:
                 create = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
                 # No position ids: gaps in them would be read as several sequences packed into one.
                 masks[kind] = create(
@@ -305,7 +306,7 @@ class PrunedDecoderMixin:
         columns, horizon = group.take(rows.columns)[:, block], group.take(rows.horizon)[:, block]
         every = torch.arange(key.shape[2], device=key.device)
         visible = every <= horizon[..., None]
-        if self._kind(layer) == "sliding_attention":
+        if self._kinds()[layer] == "sliding_attention":
             visible &= every > columns[..., None] - self.config.sliding_window
         if prompt.valid is not None:
             visible &= group.take(prompt.valid)[:, None]
