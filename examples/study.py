@@ -138,8 +138,8 @@ def ablation_tests(found: dict[str, Any]) -> str:
             pairs = [tuple(sorted((first, name), key=names.index)) for name in names if name != first]
         else:
             pairs = [(a, b) for a in names for b in names if a.partition("@")[2] == b.partition("@")[2]]
-            default = {names[n] for n in range(len(BUDGETS))}
-            pairs = [pair for pair in pairs if pair[0] in default]
+            published = names[0].partition("@")[0]
+            pairs = [(a, b) for a, b in pairs if a.partition("@")[0] == published]
         tables.append(comparisons(found[part], pairs))
     head, rule, *rows = tables[0].splitlines()
     return "\n".join([head, rule, *rows, *(row for table in tables[1:] for row in table.splitlines()[2:])])
