@@ -82,7 +82,7 @@ def drop_surplus(
     rank = (layout.visual.cumsum(1) - 1) % written
     keep = ~layout.visual | (rank < tokens)
     removed = [count // written * (written - tokens) for count in layout.visual_counts]
-    plan = plan_compaction(keep, removed, layout.valid, layout.lengths)
+    plan = plan_compaction(keep, removed, layout.valid, (layout.lengths, [0] * batch))
     columns = plan.apply(torch.arange(length, device=embeds.device).expand(batch, -1))
     valid = torch.ones_like(columns, dtype=torch.bool) if plan.valid is None else plan.valid
 

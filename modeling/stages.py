@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .attention_rows import take_rows
 from .pruned_cache import ShortenedPrompt, remember, trim
@@ -28,12 +29,14 @@ class Prompt:
     """The prompt as the layers now see it; replaced after every pruning layer.
 
     Attributes:
+        lengths: per row, tokens without padding before the first layer; gone: how many of them have left since.
         earlier: for every run of layers before, `(batch, length)` int64 columns that the tokens had there, negative for
             none, and `(batch, 1)` the position behind the last one.
     """
 
     valid: Tensor | None
     lengths: list[int]
+    gone: list[int]
     position_ids: Tensor
     columns: Tensor
     last: Tensor
@@ -118,7 +121,11 @@ def open_prompt(
     """Finds the groups and the raters of a prompt before the first layer."""
     batch, length = layout.visual.shape
     groups = visual_groups(layout, tokens_per_image)
-    most = max([1] + [layout.text_counts[row] for group in groups for row in group.rows])
+    if is_torchdynamo_compiling():
+        # A bound that the shape tells: one graph for all prompts of a shape.
+        most = max(1, length - min(layout.visual_counts))
+    else:
+        most = max([1] + [layout.text_counts[row] for group in groups for row in group.rows])
     rater_columns = (~layout.text).int().argsort(dim=1, stable=True)[:, :most]
     text_valid = layout.text.gather(1, rater_columns)
     raters = torch.zeros_like(text_valid)
@@ -130,6 +137,7 @@ def open_prompt(
     return Prompt(
         valid=layout.valid,
         lengths=layout.lengths,
+        gone=[0] * batch,
         position_ids=position_ids.expand(batch, -1),
         columns=torch.arange(length, device=embeds.device).expand(batch, -1),
         last=layout.last,
@@ -190,7 +198,7 @@ def apply_reductions(
             merged = group.put(merged, nn.functional.pad(r.merged, (0, 0, 0, missing)))
             merged_positions = group.put(merged_positions, nn.functional.pad(r.merged_positions, (0, missing)))
 
-    plan = plan_compaction(keep, removed, prompt.valid, prompt.lengths, inserted, prompt.last)
+    plan = plan_compaction(keep, removed, prompt.valid, (prompt.lengths, prompt.gone), inserted, prompt.last)
     groups = [_next_group(r, plan.destination, plan.inserted) for r in reductions]
     last = prompt.last
     for group in groups:
@@ -210,7 +218,8 @@ def apply_reductions(
     earlier = [(plan.apply(column, no_column if most else None), position) for column, position in runs]
     return hidden, Prompt(
         plan.valid,
-        plan.lengths,
+        prompt.lengths,
+        [gone + less for gone, less in zip(prompt.gone, plan.less, strict=True)],
         position_ids,
         columns,
         last,

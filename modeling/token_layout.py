@@ -21,7 +21,7 @@ class PromptLayout:
     Attributes:
         visual: `(batch, length)` bool.
         valid: `(batch, length)` bool, false for padding; None without padding.
-        visual_counts, text_counts, lengths: per row: visual tokens, rating text tokens, tokens without padding.
+        visual_counts, text_counts, lengths: per row: visual tokens, text tokens that may rate, tokens without padding.
         text: `(batch, length)` bool, the text that may rate: after the last visual token, else all text.
         last: `(batch,)` int64, column of the last visual token, -1 without one.
     """
@@ -54,10 +54,13 @@ class PromptLayout:
         there = True if plan.valid is None else plan.valid
         visual = plan.apply(self.visual) & there
         columns = torch.arange(visual.shape[1], device=visual.device)
-        counts = [c - (old - new) for c, old, new in zip(self.visual_counts, self.lengths, plan.lengths, strict=True)]
+        counts, lengths = (
+            [n - less for n, less in zip(values, plan.less, strict=True)]
+            for values in (self.visual_counts, self.lengths)
+        )
         last = torch.where(visual, columns, -1).amax(-1)
         text = plan.apply(self.text) & there
-        return PromptLayout(visual, plan.valid, counts, self.text_counts, plan.lengths, text, last)
+        return PromptLayout(visual, plan.valid, counts, self.text_counts, lengths, text, last)
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,14 @@ class Compaction:
         destination: `(batch, length)` int64, the new column of each column that stays; undefined for the others.
         inserted: `(batch, c)` int64, the new columns of inserted tokens, or None.
         valid: `(batch, new_length)` bool, false for padding; None without padding.
-        lengths: per row, tokens without padding.
+        less: per row, by how many tokens it gets shorter.
     """
 
     source: Tensor
     destination: Tensor
     inserted: Tensor | None
     valid: Tensor | None
-    lengths: list[int]
+    less: list[int]
 
     def apply(self, x: Tensor, inserted: Tensor | None = None) -> Tensor:
         """Compacts `(batch, length, ...)`; `inserted` `(batch, c, ...)` is needed if the plan inserts."""
@@ -85,11 +88,16 @@ class Compaction:
         return take_rows(x, self.source) if x.dim() == 3 else x.gather(1, self.source)
 
 
+def on_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers of the host as int64, without waiting for the device."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
 def plan_compaction(
     keep: Tensor,
     removed: Sequence[int],
     valid: Tensor | None,
-    lengths: Sequence[int],
+    lengths: tuple[Sequence[int], Sequence[int]],
     inserted: Sequence[int] | None = None,
     insert_after: Tensor | None = None,
 ) -> Compaction:
@@ -101,27 +109,30 @@ def plan_compaction(
     Args:
         keep: `(batch, length)` bool.
         removed: per row, how many columns are false in `keep`.
-        valid: `(batch, length)` bool or None; lengths: per row, how many are true.
+        valid: `(batch, length)` bool or None.
+        lengths: per row, how many are true, and how many of them had gone already when they were counted. They are read
+            where rows shrink differently alone: a compiled graph does not depend on them elsewhere.
         inserted: per row, how many tokens are inserted behind column `insert_after` `(batch,)`; None for none.
     """
     batch, length = keep.shape
     device = keep.device
     added = list(inserted) if inserted is not None else [0] * batch
     net = [r - a for r, a in zip(removed, added, strict=True)]
-    new_lengths = [n - m for n, m in zip(lengths, net, strict=True)]
     ragged = len(set(net)) > 1
-    new_length = max(new_lengths) if ragged else length - net[0]
+    new_lengths = [n - gone - m for n, gone, m in zip(*lengths, net, strict=True)] if ragged else [length - net[0]]
+    new_length = max(new_lengths)
     if ragged and valid is not None:
         keep = keep & valid
 
     columns = torch.arange(length, device=device).expand(batch, -1)
-    offset = torch.tensor([new_length - n for n in new_lengths], device=device)[:, None] if ragged else 0
+    offset = on_device([new_length - n for n in new_lengths], device)[:, None] if ragged else 0
     destination = keep.cumsum(1) - 1 + offset
     inserted_at = None
     most = max(added)
     if most:
         assert insert_after is not None
-        count = torch.tensor(added, device=device)[:, None]
+        # One number for all rows needs no copy to the device.
+        count = on_device(added, device)[:, None] if len(set(added)) > 1 else torch.full((1, 1), most, device=device)
         behind = columns > insert_after[:, None]
         slot = torch.arange(most, device=device)
         inserted_at = (keep & ~behind).sum(1, keepdim=True) + offset + slot
@@ -143,7 +154,7 @@ def plan_compaction(
         new_valid = known.gather(1, source)
     else:
         new_valid = None
-    return Compaction(source, destination, inserted_at, new_valid, new_lengths)
+    return Compaction(source, destination, inserted_at, new_valid, net)
 
 
 def compact_positions(valid: Tensor | None, like: Tensor) -> Tensor:
@@ -205,7 +216,7 @@ class VisualGroup:
         if len(members) == len(self.rows):
             return self
         rows = [self.rows[i] for i in members]
-        local = torch.tensor(members, device=self.columns.device)
+        local = on_device(members, self.columns.device)
         index = local if self.index is None else self.index.index_select(0, local)
         columns, numbers = self.columns.index_select(0, local), self.numbers.index_select(0, local)
         return VisualGroup(rows, index, self.images, columns, numbers, self.next_number)
@@ -218,7 +229,7 @@ def visual_groups(layout: PromptLayout, tokens_per_image: int) -> list[VisualGro
     for count in sorted(set(layout.visual_counts) - {0}):
         rows = [row for row, visual in enumerate(layout.visual_counts) if visual == count]
         whole = len(rows) == len(layout.visual_counts)
-        index = None if whole else torch.tensor(rows, device=order.device)
+        index = None if whole else on_device(rows, order.device)
         columns = (order if index is None else order.index_select(0, index))[:, :count]
         numbers = torch.arange(count, device=order.device).expand(len(rows), -1)
         groups.append(VisualGroup(rows, index, max(1, count // tokens_per_image), columns, numbers, count))

@@ -149,7 +149,9 @@ def test_compaction_against_lists(data):
     removed = [row.count(False) for row in keep]
     mask = torch.tensor(valid, dtype=torch.bool)
     whole = None if mask.all() else mask
-    plan = plan_compaction(torch.tensor(keep), removed, whole, lengths, inserted, torch.tensor(after))
+    plan = plan_compaction(
+        torch.tensor(keep), removed, whole, ([n + 2 for n in lengths], [2] * batch), inserted, torch.tensor(after)
+    )
     most = max(inserted)
     tokens = torch.arange(length).expand(batch, -1)
     new = 100 + torch.arange(most).expand(batch, -1) if most else None
@@ -163,7 +165,7 @@ def test_compaction_against_lists(data):
                 expected += [100 + j for j in range(inserted[row])]
         there = got[row] if plan.valid is None else got[row][plan.valid[row]]
         assert there.tolist() == expected
-        assert plan.lengths[row] == len(expected)
+        assert lengths[row] - plan.less[row] == len(expected)
         for i in range(length):
             if keep[row][i] and valid[row][i]:
                 assert got[row, plan.destination[row, i]] == i
