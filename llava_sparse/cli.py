@@ -10,13 +10,12 @@ import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-if TYPE_CHECKING:
-    from rich.progress import TaskID
+from .progress import Advance
 
 app = typer.Typer(
     help="Pruning of visual tokens for LLaVA models. Without --model, the small embedded reference model is used.",
@@ -98,7 +97,7 @@ def pope(
         "config": config, "annotations": annotations, "images": images, "split": _names(split), "ids": ids,
         "variant": variant, "streaming": streaming,
     }  # fmt: skip
-    with _Advance(shown=first) as advance:
+    with Advance(log, shown=first) as advance:
         _prepare()
         from .evaluation import comparison_table, evaluate_pope, split_methods, table
 
@@ -134,36 +133,6 @@ def pope(
         log.print(f"skipped: {message}", markup=False)
     if output is not None:
         log.print(f"Settings, scores and every answer: {output}", markup=False)
-
-
-class _Advance:
-    """Shows how far each run is: bars on a terminal, else a line when a run begins and ends."""
-
-    def __init__(self, shown: bool, unit: str = "questions answered") -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._lines, self._unit = shown and not log.is_terminal, unit
-        self._progress = Progress(*columns, console=log, disable=not (shown and log.is_terminal))
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> _Advance:
-        self._progress.start()
-        self._loading = self._progress.add_task("loading", total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, run: str, done: int, total: int) -> None:
-        if run not in self._tasks:
-            self._progress.update(self._loading, visible=False)
-            self._tasks[run] = self._progress.add_task(run)
-            if self._lines:
-                log.print(f"{run}: {done} of {total} {self._unit}", markup=False, highlight=False)
-        elif self._lines and done == total:
-            log.print(f"{run}: {done} of {total} {self._unit}", markup=False, highlight=False)
-        self._progress.update(self._tasks[run], completed=done, total=total)
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -312,12 +281,12 @@ def bench(
 
     if plot is not None:
         check_figure_output(plot)
-    with _Advance(shown=True, unit="rounds") as advance:
+    with Advance(log, shown=True, unit="rounds") as advance:
         _prepare()
         from .benchmark import bench as run_bench
         from .benchmark import plot as draw_plot
         from .benchmark import profile as run_profile
-        from .benchmark import table
+        from .benchmark import stage_table, table
         from .evaluation import split_methods
 
         names, places = split_methods(methods), (_numbers(batch_sizes), _numbers(text_tokens))
@@ -351,6 +320,7 @@ def bench(
     out = Console()
     out = out if out.is_terminal else Console(width=200)
     out.print(table(results))
+    out.print(stage_table(results))
     if plot is not None:
         draw_plot(results).savefig(plot, dpi=160)
         log.print(f"Figure: {plot}", soft_wrap=True, markup=False)

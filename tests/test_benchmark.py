@@ -12,7 +12,8 @@ from rich.console import Console
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import llava_sparse
-from llava_sparse.benchmark import SHAPES, bench, build_model, load_results, plot, profile, table
+from llava_sparse.benchmark import SHAPES, bench, build_model, load_results, plot, profile, stage_table, table
+from llava_sparse.benchmark.floor import floors
 from llava_sparse.benchmark.flops import decoder_flops, measured_flops, prefill_flops
 from llava_sparse.benchmark.shapes import make_inputs
 from llava_sparse.benchmark.timing import Clock, interleaved, spread, stages
@@ -39,7 +40,10 @@ def test_an_entry_for_every_run_and_place(results):
         assert set(entry["stages"]) == {"vision tower", "projector", "decoder", "selection"}
         assert (entry["stages"]["selection"] > 0) == (entry["run"] != "dense")
         assert sum(entry["stages"].values()) < 20 * entry["seconds"]["prefill"]["high"]
-        assert min(entry["floor"].values()) > 0
+        stages = {**entry["floor"]}
+        assert stages.pop("selection") >= 0
+        assert min(stages.values()) > 0
+        assert entry["floor"]["prefill"] >= entry["floor"]["decoder"]
 
 
 def test_speed_up_is_against_dense_of_the_same_round(results):
@@ -150,6 +154,20 @@ def test_prompts_hold_one_picture(dense, token):
     assert ids.min() >= 0 and ids.max() < 64
 
 
+def test_floors_are_the_longer_of_arithmetic_and_traffic():
+    model = tiny.dense_model()
+    entry = {"place": {"batch_size": 2}, "kv_bytes": 1000}
+    entry["flops_by_formula"] = {"vision tower": 5.0, "projector": 1.0, "selection": 2.0, "decoder": 3.0}
+    slow = floors(model, entry, {"flops": 10.0, "bandwidth": 1e30})
+    assert slow["prefill"] == pytest.approx(2.2)
+    assert (slow["vision tower"], slow["selection"]) == (pytest.approx(1.0), pytest.approx(0.4))
+    decoder = 4 * sum(p.numel() for part in (model.model.language_model, model.lm_head) for p in part.parameters())
+    assert slow["decode"] == pytest.approx(2 * 2 * decoder / 4 / 10)
+    narrow = floors(model, entry, {"flops": 1e30, "bandwidth": 100.0})
+    assert narrow["decode"] == pytest.approx((decoder + 1000) / 100)
+    assert narrow["prefill"] == pytest.approx(4 * sum(p.numel() for p in model.parameters()) / 100)
+
+
 def test_rounds_go_around():
     order = []
     calls = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
@@ -195,22 +213,27 @@ def test_compiled(monkeypatch):
     assert [entry["run"] for entry in found["results"]] == found["settings"]["runs"]
 
 
-def test_out_of_memory_is_an_entry(monkeypatch):
+@pytest.mark.parametrize("dense_fits", [True, False])
+def test_out_of_memory_is_an_entry(monkeypatch, dense_fits):
     from llava_sparse.benchmark.run import Subject
 
     counts = Subject.counts
 
     def fails(self):
-        if getattr(self.model.model, "sparsifier", None) is not None:
+        if (getattr(self.model.model, "sparsifier", None) is None) != dense_fits:
             raise torch.OutOfMemoryError("no memory")
         return counts(self)
 
     monkeypatch.setattr(Subject, "counts", fails)
     found = bench(tiny.dense_model(), **QUICK)
-    assert [entry.get("error") for entry in found["results"]] == [None, "out of memory", "out of memory"]
+    errors = [entry.get("error") for entry in found["results"]]
+    assert errors == ([None, "out of memory", "out of memory"] if dense_fits else ["out of memory", None, None])
     console = Console(width=300, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(found))
+    console.print(stage_table(found))
     assert "out of memory" in console.export_text()
+    assert isinstance(plot(found), Figure)
+    assert ("speedup" in found["results"][-1]) is False
 
 
 def test_table_and_figure(results):
@@ -219,6 +242,11 @@ def test_table_and_figure(results):
     text = console.export_text()
     assert text.count("visionzip@5") == 2
     assert "31 %" in text
+    console.print(stage_table(results))
+    rows = [line for line in console.export_text().splitlines() if "visionzip@5" in line]
+    assert len(rows) == 2
+    for row, entry in zip(rows, results["results"][1::3], strict=True):
+        assert f"{1000 * entry['stages']['decoder']:.2f} (" in row
     assert isinstance(plot(results), Figure)
 
 

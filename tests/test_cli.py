@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from llava_sparse import cli, evaluation
+from llava_sparse import cli, evaluation, progress
 from llava_sparse.evaluation import plan_runs, split_methods
 from llava_sparse.reference import CHECKPOINT, SCENES
 
@@ -170,14 +170,15 @@ def test_busy_cores_are_left_to_others(wanted, cores, load, threads):
     assert cli._threads(wanted, cores, load) == threads
 
 
-def test_help_imports_nothing_heavy():
-    tree = ast.parse(Path(cli.__file__).read_text(encoding="utf-8"))
+@pytest.mark.parametrize("module", [cli, progress], ids=["cli", "progress"])
+def test_help_imports_nothing_heavy(module):
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
         for node in tree.body
         if isinstance(node, (ast.Import, ast.ImportFrom))
     }
-    assert imported <= sys.stdlib_module_names | {"typer", "rich"}
+    assert imported <= sys.stdlib_module_names | {"typer", "rich", "progress"}
 
 
 def test_runs_as_a_module():

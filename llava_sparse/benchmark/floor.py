@@ -32,20 +32,33 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def floors(model: Any, entry: dict[str, Any], rates: dict[str, float]) -> dict[str, float]:
-    """Seconds below which a result of `bench` cannot fall: `prefill`, and `decode` for a token of every prompt.
+    """Seconds below which a result of `bench` cannot fall.
 
     Arithmetic overlaps with memory traffic: the longer of the two counts. A prefill reads every weight once; a step of
     decoding reads the decoder's and the whole cache.
+
+    Returns:
+        `prefill`; `decode`, for a token of every prompt; and those of the stages, `vision tower`, `projector`,
+        `selection` (the encoder's second key projection alone) and `decoder`.
     """
     parts = model.model
-    decoder = _bytes(parts.language_model) + _bytes(model.lm_head)
     batch = entry["place"]["batch_size"]
-    flops = batch * sum(entry["flops_by_formula"].values())
-    weights = decoder + _bytes(parts.vision_tower) + _bytes(parts.multi_modal_projector)
-    step = 2 * batch * decoder / model.dtype.itemsize
+    weights = {
+        "vision tower": _bytes(parts.vision_tower),
+        "projector": _bytes(parts.multi_modal_projector),
+        "selection": 0,
+        "decoder": _bytes(parts.language_model) + _bytes(model.lm_head),
+    }
+    flops = {name: batch * count for name, count in entry["flops_by_formula"].items()}
+    step = 2 * batch * weights["decoder"] / model.dtype.itemsize
+
+    def least(arithmetic: float, traffic: float) -> float:
+        return max(arithmetic / rates["flops"], traffic / rates["bandwidth"])
+
     return {
-        "prefill": max(flops / rates["flops"], weights / rates["bandwidth"]),
-        "decode": max(step / rates["flops"], (decoder + entry["kv_bytes"]) / rates["bandwidth"]),
+        "prefill": least(sum(flops.values()), sum(weights.values())),
+        "decode": least(step, weights["decoder"] + entry["kv_bytes"]),
+        **{name: least(flops[name], weights[name]) for name in flops},
     }
 
 

@@ -48,7 +48,7 @@ def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
 def _times(entry: dict[str, Any], measure: str) -> str:
     seconds = entry["seconds"][measure]
     text = f"{1000 * seconds['median']:.2f}"
-    if entry["run"] == DENSE:
+    if entry["run"] == DENSE or "speedup" not in entry:
         return text
     ratio = entry["speedup"][measure]
     return f"{text} ({ratio['median']:.2f}x, {ratio['low']:.2f}-{ratio['high']:.2f})"
@@ -95,10 +95,35 @@ def table(results: dict[str, Any]) -> Table:
             f"{1000 * entry['stages']['selection']:.2f}" if entry["run"] != DENSE else "",
             f"{entry['flops'] / 1e9:.1f}",
             f"{100 * (formula / entry['flops'] - 1):+.1f} %",
-            f"{entry['kv_bytes'] / 2**20:.1f} MiB ({100 * entry['kv_visual_share']:.0f} %)",
+            f"{entry['kv_bytes'] / 2**20:.1f} MiB{_share(entry)}",
             "" if peak is None else f"{peak / 2**20:.0f} MiB",
         )
     return found
+
+
+def stage_table(results: dict[str, Any]) -> Table:
+    """A row for every run at every place: milliseconds of the prefill's stages, and how many times their floors."""
+    found = Table(
+        "batch", "words", "attention", "run", *STAGES, "selection / dense prefill", title="Stages of a prefill"
+    )
+    dense: float | None = None
+    for entry in results["results"]:
+        if entry["run"] == DENSE:
+            dense = None if "error" in entry else sum(entry["stages"].values())
+        if "error" in entry:
+            continue
+        cells = [
+            f"{1000 * entry['stages'][stage]:.2f}"
+            + (f" ({entry['stages'][stage] / entry['floor'][stage]:.1f})" if stage != "selection" else "")
+            for stage in STAGES
+        ]
+        share = "" if dense is None else f"{100 * entry['stages']['selection'] / dense:.1f} %"
+        found.add_row(*(str(value) for value in _place(entry)), entry["run"], *cells, share)
+    return found
+
+
+def _share(entry: dict[str, Any]) -> str:
+    return f" ({100 * entry['kv_visual_share']:.0f} %)" if "kv_visual_share" in entry else ""
 
 
 def _title(results: dict[str, Any]) -> str:
@@ -135,9 +160,11 @@ def plot(results: dict[str, Any]) -> Figure:
     left.set(xlabel="visual tokens in the cache, mean over layers", ylabel="prefill, ms (circles)", ylim=(0, None))
     memory.set(ylabel="cache, MiB (crosses)", ylim=(0, None))
     left.set_title(f"batch {largest}")
-    left.legend()
-    for run in dict.fromkeys(entry["run"] for entry in entries if entry["run"] != DENSE):
-        line = sorted((e for e in entries if e["run"] == run), key=lambda e: e["place"]["batch_size"])
+    if kinds:
+        left.legend()
+    compared = [entry for entry in entries if entry["run"] != DENSE and "speedup" in entry]
+    for run in dict.fromkeys(entry["run"] for entry in compared):
+        line = sorted((e for e in compared if e["run"] == run), key=lambda e: e["place"]["batch_size"])
         sizes = [entry["place"]["batch_size"] for entry in line]
         ratios = [entry["speedup"]["prefill"] for entry in line]
         error = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
@@ -146,7 +173,8 @@ def plot(results: dict[str, Any]) -> Figure:
     right.set(xlabel="batch size", ylabel="prefill: times faster than dense", xscale="log", ylim=(0, None))
     right.set_xticks(sorted({e["place"]["batch_size"] for e in entries}), minor=False)
     right.xaxis.set_major_formatter("{x:.0f}")
-    right.legend()
+    if compared:
+        right.legend()
     return figure
 
 

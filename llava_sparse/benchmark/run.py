@@ -187,7 +187,8 @@ def _measure(
     finally:
         for subject in subjects.values():
             subject.leave()
-    for name in able:
+    # A dense model that does not fit leaves nothing to compare with.
+    for name in able if DENSE in able else ():
         entries[name]["kv_visual_share"] = _visual_share(entries[name], entries[DENSE], place)
         entries[name]["flops_share"] = entries[name]["flops"] / entries[DENSE]["flops"]
     return list(entries.values())
@@ -207,6 +208,8 @@ def _time(
         times = interleaved(calls, settings["rounds"], settings["warm_up"], partial(progress, label))
         for name, values in times.items():
             entries[name]["seconds"][measure] = spread(values)
+            if DENSE not in able:
+                continue
             entries[name].setdefault("speedup", {})[measure] = spread(
                 [a / b for a, b in zip(times[DENSE], values, strict=True)]
             )
