@@ -7,6 +7,7 @@ import tiny
 import torch
 
 import llava_sparse
+from llava_sparse.benchmark import bench
 from llava_sparse.modeling.modeling_sparse_llama import PrunedDecoderMixin
 
 pytestmark = [
@@ -94,3 +95,16 @@ def test_attention_backends(model, processor, attention):
     model.set_attn_implementation(attention)
     got = model(**batch).logits[:, -1]
     assert torch.nn.functional.cosine_similarity(got.float(), expected.float()).min() > 0.9
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_benchmark(dense, compiled):
+    found = bench(
+        dense.cuda(), methods=["visionzip", "sparsevlm:layers=[0,2]:budgets=[6,3]"], budgets=[5], batch_sizes=[1, 2],
+        text_tokens=[9], rounds=2, new_tokens=3, compiled=compiled,
+    )  # fmt: skip
+    assert found["environment"]["device_name"]
+    for entry in found["results"]:
+        assert "error" not in entry
+        assert entry["peak_bytes"] > 0
+        assert entry["seconds"]["prefill"]["median"] > 0

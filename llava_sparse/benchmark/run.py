@@ -273,10 +273,10 @@ class Subject:
 
     def compile(self) -> None:
         """Compiles what a prompt goes through, and for `generate` the step that a static cache allows."""
-        mode = "reduce-overhead" if self.clock.on_gpu else None
         for part in (self.model.model.vision_tower, self.model.model.language_model):
-            part.compile(fullgraph=True, dynamic=False, mode=mode)
-        config = CompileConfig(fullgraph=True, dynamic=False, mode=mode)
+            part.compile(fullgraph=True, dynamic=False)
+        # CUDA graphs for the step alone, as in transformers: those of a prompt would own the cache that they return.
+        config = CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead" if self.clock.on_gpu else None)
         # A CPU too: transformers compiles by itself on a GPU only.
         config._compile_all_devices = True
         self.settings = {"cache_implementation": "static", "compile_config": config}
