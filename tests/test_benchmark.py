@@ -236,6 +236,36 @@ def test_out_of_memory_is_an_entry(monkeypatch, dense_fits):
     assert ("speedup" in found["results"][-1]) is False
 
 
+def test_a_run_that_stops_fitting_leaves_the_others(monkeypatch):
+    from llava_sparse.benchmark.run import Subject
+
+    generate = Subject._generate
+
+    def fails(self, count):
+        if getattr(getattr(self.model.model, "sparsifier", None), "name", None) == "visionzip":
+            raise torch.OutOfMemoryError("no memory")
+        return generate(self, count)
+
+    monkeypatch.setattr(Subject, "_generate", fails)
+    found = bench(tiny.dense_model(), **QUICK)
+    assert [entry.get("error") for entry in found["results"]] == [None, "out of memory", None]
+    assert set(found["results"][2]["speedup"]) == {"prefill", "decode", "generate"}
+
+
+def test_goes_on_with_the_threads_that_it_was_begun_with(tmp_path):
+    output = tmp_path / "bench.json"
+    bench(tiny.dense_model(), batch_sizes=[1], output=output, **QUICK)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = bench(tiny.dense_model(), batch_sizes=[1, 2], output=output, **QUICK)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert found["environment"]["threads"] == before
+    assert len(found["results"]) == 6
+
+
 def test_table_and_figure(results):
     console = Console(width=300, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(results))

@@ -78,6 +78,7 @@ def bench(
     _check_numbers(new_tokens=([new_tokens], 1), warm_up=([warm_up], 0))
     if output is not None:
         check_output(output)
+    old = load_results(output) if output is not None and Path(output).exists() else None
     dense = open_model(model, shape, dtype, device)
     settings = {
         "model": shape or dense.config.name_or_path.replace(str(CHECKPOINT), "reference"),
@@ -88,26 +89,21 @@ def bench(
         "compiled": compiled,
         "runs": [run.name for run in runs],
     }
-    found: dict[str, Any] = {"settings": settings, "environment": environment(dense.device), "results": []}
-    if output is not None and Path(output).exists():
-        found = _go_on(found, load_results(output), output)
-    found.setdefault("rates", machine_rates(dense.device, dense.dtype))
-    done = {tuple(result["place"].values()) for result in found["results"]}
     places = [Place(*values) for values in product(batch_sizes, text_tokens, attn_implementations)]
-    places = [place for place in places if tuple(asdict(place).values()) not in done]
-    progress = _Progress(on_progress, len(places) * len(MEASURES) * (rounds + warm_up))
-    backend = dense.config._attn_implementation
+    backend, threads = dense.config._attn_implementation, torch.get_num_threads()
     try:
+        if old is not None:
+            torch.set_num_threads(old["environment"].get("threads", threads))
+        found = _start(dense, settings, old, output)
+        places = [place for place in places if asdict(place) not in [result["place"] for result in found["results"]]]
+        progress = _Progress(on_progress, len(places) * len(MEASURES) * (rounds + warm_up))
         for place in places:
-            entries = _measure(dense, runs, place, settings, progress)
-            for entry in entries:
-                if "error" not in entry:
-                    entry["floor"] = floors(dense, entry, found["rates"])
-            found["results"] += entries
+            found["results"] += _measure(dense, runs, place, found, progress)
             if output is not None:
                 write_results(found, output)
     finally:
         dense.set_attn_implementation(backend)
+        torch.set_num_threads(threads)
     return found
 
 
@@ -144,9 +140,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _go_on(new: dict[str, Any], old: dict[str, Any], output: str | Path) -> dict[str, Any]:
-    """The results of an earlier run of the same benchmark."""
-    for part in ("settings", "environment"):
+def _start(
+    dense: Any, settings: dict[str, Any], old: dict[str, Any] | None, output: str | Path | None
+) -> dict[str, Any]:
+    """Results without entries, or those of an earlier run of the same benchmark."""
+    new: dict[str, Any] = {"settings": settings, "environment": environment(dense.device)}
+    if old is None:
+        return {**new, "rates": machine_rates(dense.device, dense.dtype), "results": []}
+    for part in new:
         for name, value in new[part].items():
             if old[part].get(name) != value:
                 raise ValueError(
@@ -157,9 +158,10 @@ def _go_on(new: dict[str, Any], old: dict[str, Any], output: str | Path) -> dict
 
 
 def _measure(
-    dense: Any, runs: Sequence[Run], place: Place, settings: dict[str, Any], progress: _Progress
+    dense: Any, runs: Sequence[Run], place: Place, found: dict[str, Any], progress: _Progress
 ) -> list[dict[str, Any]]:
-    """Entries of all runs at one place."""
+    """Entries of all runs at one place; `found` has the settings and the machine's rates."""
+    settings = found["settings"]
     dense.set_attn_implementation(place.attn_implementation)
     clock = Clock(dense.device)
     inputs = make_inputs(dense, place.batch_size, place.text_tokens)
@@ -187,6 +189,8 @@ def _measure(
     finally:
         for subject in subjects.values():
             subject.leave()
+    for name in able:
+        entries[name]["floor"] = floors(dense, entries[name], found["rates"])
     # A dense model that does not fit leaves nothing to compare with.
     for name in able if DENSE in able else ():
         entries[name]["kv_visual_share"] = _visual_share(entries[name], entries[DENSE], place)
@@ -203,9 +207,15 @@ def _time(
 ) -> None:
     """Puts the times of all models at one place into their entries."""
     for measure in MEASURES:
-        calls = {name: getattr(subject, measure) for name, subject in able.items()}
+        calls = {name: partial(_guarded, name, getattr(subject, measure)) for name, subject in able.items()}
         label = f"{measure}, batch {place.batch_size}, {place.text_tokens} words, {place.attn_implementation}"
-        times = interleaved(calls, settings["rounds"], settings["warm_up"], partial(progress, label))
+        times: dict[str, list[float]] = {}
+        while calls and not times:
+            try:
+                times = interleaved(calls, settings["rounds"], settings["warm_up"], partial(progress, label))
+            except _Full as full:
+                entries[full.name]["error"] = "out of memory"
+                del able[full.name], calls[full.name]
         for name, values in times.items():
             entries[name]["seconds"][measure] = spread(values)
             if DENSE not in able:
@@ -213,6 +223,21 @@ def _time(
             entries[name].setdefault("speedup", {})[measure] = spread(
                 [a / b for a, b in zip(times[DENSE], values, strict=True)]
             )
+
+
+class _Full(Exception):
+    """The device's memory does not hold a run."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _guarded(name: str, call: Callable[[], float]) -> float:
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        raise _Full(name) from None
 
 
 def _visual_share(entry: dict[str, Any], dense: dict[str, Any], place: Place) -> float:
