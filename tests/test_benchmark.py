@@ -236,20 +236,25 @@ def test_out_of_memory_is_an_entry(monkeypatch, dense_fits):
     assert ("speedup" in found["results"][-1]) is False
 
 
-def test_a_run_that_stops_fitting_leaves_the_others(monkeypatch):
+@pytest.mark.parametrize("full", [None, "visionzip"])
+def test_a_run_that_stops_fitting_leaves_the_others(monkeypatch, full):
+    """The dense one, too: what was compared with it before stays."""
     from llava_sparse.benchmark.run import Subject
 
     generate = Subject._generate
 
     def fails(self, count):
-        if getattr(getattr(self.model.model, "sparsifier", None), "name", None) == "visionzip":
+        if getattr(getattr(self.model.model, "sparsifier", None), "name", None) == full:
             raise torch.OutOfMemoryError("no memory")
         return generate(self, count)
 
     monkeypatch.setattr(Subject, "_generate", fails)
     found = bench(tiny.dense_model(), **QUICK)
-    assert [entry.get("error") for entry in found["results"]] == [None, "out of memory", None]
-    assert set(found["results"][2]["speedup"]) == {"prefill", "decode", "generate"}
+    errors = [None, "out of memory", None] if full else ["out of memory", None, None]
+    assert [entry.get("error") for entry in found["results"]] == errors
+    left = {"prefill", "decode", "generate"} if full else {"prefill", "decode"}
+    assert set(found["results"][2]["speedup"]) == left
+    assert table(found).row_count == stage_table(found).row_count + 1 == 3
 
 
 def test_goes_on_with_the_threads_that_it_was_begun_with(tmp_path):

@@ -48,9 +48,9 @@ def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
 def _times(entry: dict[str, Any], measure: str) -> str:
     seconds = entry["seconds"][measure]
     text = f"{1000 * seconds['median']:.2f}"
-    if entry["run"] == DENSE or "speedup" not in entry:
+    ratio = entry.get("speedup", {}).get(measure)
+    if entry["run"] == DENSE or ratio is None:
         return text
-    ratio = entry["speedup"][measure]
     return f"{text} ({ratio['median']:.2f}x, {ratio['low']:.2f}-{ratio['high']:.2f})"
 
 
