@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .sparsifier import exact, to_float
+from .tensors import exact, to_float
 
 TAP = "row_tap"
 

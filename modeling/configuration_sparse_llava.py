@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from transformers import CLIPVisionConfig, LlavaConfig
 
-from .methods import FIELDS, method_class, resolve_fields
-from .sparsifier import Geometry, Sparsifier, nearest
+from .checks import nearest
+from .methods import FIELDS, method_classes, resolve_fields
+from .sparsifier import Geometry, Sparsifier
 
 DECODERS = ("llama", "mistral", "qwen2")
 ENCODERS = ("clip_vision_model", "sparse_clip_vision_model")
@@ -26,8 +27,8 @@ def build_sparsifier(config: Any) -> Sparsifier | None:
     text = getattr(config, "text_config", None)
     vision = getattr(config, "vision_config", config)
     method = fields["sparse_method"]
-    if method is not None:
-        _check_parts(method_class(method), method, vision, text, getattr(config, "vision_feature_layer", -2))
+    for part in () if method is None else method_classes(method):
+        _check_parts(part, part.name, vision, text, getattr(config, "vision_feature_layer", -2))
     feature_layers = getattr(config, "vision_feature_layer", -2)
     feature_layers = [feature_layers] if isinstance(feature_layers, int) else list(feature_layers)
     feature_layer = feature_layers[0]
@@ -51,6 +52,8 @@ def _check_parts(method: type[Sparsifier], name: str, vision: Any, text: Any, fe
                 f"sparse_method={name!r} does not support the text backbone {text.model_type!r}; supported: "
                 f"{', '.join(DECODERS)}. Encoder methods (visionzip) work with any."
             )
+    elif text is None and getattr(method, "place", None) == "projector":
+        raise ValueError(f"sparse_method={name!r} works behind a LLaVA's projector; a vision tower alone has none.")
     elif vision.model_type not in ENCODERS:
         raise ValueError(f"sparse_method={name!r} works in a CLIP vision tower, not in {vision.model_type!r}.")
     elif not isinstance(feature_layer, int) and len(feature_layer) > 1:
@@ -62,20 +65,25 @@ def _check_parts(method: type[Sparsifier], name: str, vision: Any, text: Any, fe
         raise ValueError(f"sparse_method={name!r} needs the attention of a layer; vision_feature_layer=0 is none.")
 
 
+def _as_lists(values: Any) -> list[Any]:
+    return [_as_lists(value) if isinstance(value, tuple) else value for value in values]
+
+
 class SparseFieldsMixin:
     """The five fields: checked, and expanded to layers and budgets, when a configuration is made.
 
     Attributes:
-        sparse_method: a name of `list_methods()`, or None for the dense model.
-        sparse_budget: visual tokens retained per image, as the papers' tables count.
+        sparse_method: a name of `list_methods()`, an encoder and a decoder method joined by "+" (see `Composition` for
+            the other fields then), or None for the dense model.
+        sparse_budget: visual tokens retained per image, as the papers' tables count; a float is a ratio of the patches.
         sparse_layers: the layers at which the method acts.
         sparse_budgets: tokens per stage and image.
         sparse_options: the method's own options.
     """
 
     model_type: ClassVar[str]
-    sparse_layers: list[int] | None
-    sparse_budgets: list[int] | None
+    sparse_layers: list[Any] | dict[str, Any] | None
+    sparse_budgets: list[Any] | dict[str, Any] | None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in [name for name in kwargs if name.startswith("sparse_")]:
@@ -87,8 +95,8 @@ class SparseFieldsMixin:
         """Checks the fields and writes the layers and budgets that they stand for."""
         sparsifier = build_sparsifier(self)
         if sparsifier is not None:
-            self.sparse_layers = list(sparsifier.layers)
-            self.sparse_budgets = list(sparsifier.budgets) or None
+            self.sparse_layers = _as_lists(sparsifier.layers)
+            self.sparse_budgets = _as_lists(sparsifier.budgets) or None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -138,9 +146,9 @@ class SparseCLIPVisionConfig(SparseFieldsMixin, CLIPVisionConfig):
     model_type = "sparse_clip_vision_model"
 
     sparse_method: str | None = None
-    sparse_budget: int | None = None
-    sparse_layers: list[int] | None = None
-    sparse_budgets: list[int] | None = None
+    sparse_budget: int | float | list[Any] | dict[str, Any] | None = None
+    sparse_layers: list[Any] | dict[str, Any] | None = None
+    sparse_budgets: list[Any] | dict[str, Any] | None = None
     sparse_options: dict[str, Any] | None = None
 
 
@@ -150,7 +158,7 @@ class SparseLlavaConfig(SparseFieldsMixin, LlavaConfig):
     model_type = "sparse_llava"
 
     sparse_method: str | None = None
-    sparse_budget: int | None = None
-    sparse_layers: list[int] | None = None
-    sparse_budgets: list[int] | None = None
+    sparse_budget: int | float | list[Any] | dict[str, Any] | None = None
+    sparse_layers: list[Any] | dict[str, Any] | None = None
+    sparse_budgets: list[Any] | dict[str, Any] | None = None
     sparse_options: dict[str, Any] | None = None

@@ -4,13 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
+from .cdpruner import CDPruner
+from .checks import nearest
+from .composition import JOIN, compose, part_classes
+from .divprune import DivPrune
+from .fastv import FastV
+from .grid_tokens import PooledTokens, UniformTokens
+from .pyramiddrop import PyramidDrop
 from .random_tokens import RandomDecoder, RandomTokens
+from .scope import Scope
 from .sparsevlm import SparseVLM
-from .sparsifier import Geometry, Sparsifier, nearest
+from .sparsifier import Geometry, Sparsifier
+from .tome import ToMe
 from .visionzip import VisionZip
 
 METHODS: dict[str, type[Sparsifier]] = {
-    method.name: method for method in (RandomTokens, RandomDecoder, SparseVLM, VisionZip)
+    method.name: method
+    for method in (
+        CDPruner,
+        DivPrune,
+        FastV,
+        PooledTokens,
+        PyramidDrop,
+        RandomDecoder,
+        RandomTokens,
+        Scope,
+        SparseVLM,
+        ToMe,
+        UniformTokens,
+        VisionZip,
+    )
 }
 
 FIELDS = ("sparse_method", "sparse_budget", "sparse_layers", "sparse_budgets", "sparse_options")
@@ -29,8 +52,18 @@ def method_class(name: object) -> type[Sparsifier]:
     """
     if not isinstance(name, str) or name not in METHODS:
         allowed = ", ".join(list_methods())
-        raise ValueError(f"sparse_method={name!r} is unknown{nearest(name, list_methods())}; allowed: {allowed}, None.")
+        raise ValueError(
+            f"sparse_method={name!r} is unknown{nearest(name, list_methods())}; allowed: {allowed}, an encoder and a "
+            f"decoder method joined by {JOIN!r}, None."
+        )
     return METHODS[name]
+
+
+def method_classes(name: object) -> tuple[type[Sparsifier], ...]:
+    """The class of a method, or the two of a composition; raises ValueError for unknown names."""
+    if isinstance(name, str) and JOIN in name:
+        return part_classes(name, METHODS)
+    return (method_class(name),)
 
 
 def resolve_fields(fields: dict[str, Any], geometry: Geometry) -> Sparsifier | None:
@@ -47,4 +80,7 @@ def resolve_fields(fields: dict[str, Any], geometry: Geometry) -> Sparsifier | N
                 )
         return None
     budget, layers, budgets, options = (fields[name] for name in FIELDS[1:])
-    return method_class(fields["sparse_method"]).resolve(geometry, budget, layers, budgets, options)
+    classes = method_classes(fields["sparse_method"])
+    if len(classes) == 2:
+        return compose(fields["sparse_method"], classes, geometry, fields)
+    return classes[0].resolve(geometry, budget, layers, budgets, options)

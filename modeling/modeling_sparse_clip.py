@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rows import TAP, RowTap, row_probabilities, watch
 from .configuration_sparse_llava import SparseCLIPVisionConfig, build_sparsifier
-from .sparsifier import EncoderSparsifier, Selection, exact
+from .sparsifier import EncoderSparsifier, Images, Selection
+from .tensors import exact
+from .tome import ToMe, merging_layer
 
 
 @dataclass
@@ -23,10 +25,14 @@ class SparseCLIPVisionOutput(BaseModelOutputWithPooling):
     """Adds the stage to the stock output.
 
     Attributes:
+        numbers: `(images, tokens)` int64, what the tokens are, see `Reduced`; None where nothing was reduced.
         selection: one stage, where tokens were reduced and the record was asked for.
+        images: what a method behind the projector needs; nothing is reduced yet: `last_hidden_state` is all patches.
     """
 
+    numbers: Tensor | None = None
     selection: tuple[Selection, ...] | None = None
+    images: Images | None = None
 
 
 class SparseCLIPVisionModel(CLIPVisionModel):
@@ -86,11 +92,14 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         **kwargs: Any,
     ) -> SparseCLIPVisionOutput:
         layers: Any = self.encoder.layers
-        used = -1 if sparsifier is None else sparsifier.layers[0] % len(layers)
+        used = -1 if sparsifier is None else sparsifier.feature_layer % len(layers)
         hidden = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
+        if isinstance(sparsifier, ToMe):
+            return self._reduced(used, self._merge(hidden, pixel_values, sparsifier), sparsifier, output_selection)
         outputs = [hidden]
+        tap = None
         for index, layer in enumerate(layers[: max(depths, default=0) if sparsifier is None else used + 1]):
-            if index != used:
+            if index != used or sparsifier is None or not sparsifier.needs_attention:
                 hidden = layer(hidden, None, **kwargs)
             else:
                 cls = torch.zeros(hidden.shape[0], 1, dtype=torch.int64, device=hidden.device)
@@ -99,12 +108,29 @@ class SparseCLIPVisionModel(CLIPVisionModel):
             outputs.append(hidden)
         if sparsifier is None:
             return SparseCLIPVisionOutput(last_hidden_state=torch.cat([outputs[d] for d in depths], dim=-1))
+        images = Images(hidden, pixel_values)
+        if tap is not None:
+            rows = row_probabilities(tap.query, tap.key, layers[used].self_attn.scale)
+            images = replace(images, cls_attention=rows[:, :, 0, 1:], keys=tap.key)
+        if sparsifier.place == "projector":
+            return SparseCLIPVisionOutput(last_hidden_state=hidden[:, 1:], images=images)
+        return self._reduced(used, images, sparsifier, output_selection)
 
-        cls_attention = row_probabilities(tap.query, tap.key, layers[used].self_attn.scale)[:, :, 0, 1:]
-        with exact(hidden):
-            features, kept, scores, merged = sparsifier.reduce(hidden, cls_attention, tap.key, pixel_values)
-        selection = None
-        if output_selection:
-            merge_map = None if merged is None else torch.where(merged >= 0, merged + scores.shape[1], -1)
-            selection = (Selection(used, kept, scores, merge_map),)
-        return SparseCLIPVisionOutput(last_hidden_state=features, selection=selection)
+    def _reduced(
+        self, layer: int, images: Images, sparsifier: EncoderSparsifier, output_selection: bool
+    ) -> SparseCLIPVisionOutput:
+        with exact(images.hidden):
+            reduced = sparsifier.reduce(images)
+        selection = (reduced.selection(layer),) if output_selection else None
+        return SparseCLIPVisionOutput(last_hidden_state=reduced.features, numbers=reduced.numbers, selection=selection)
+
+    def _merge(self, hidden: Tensor, pixels: Tensor, sparsifier: ToMe) -> Images:
+        """Runs the layers of a method that merges inside them."""
+        layers: Any = self.encoder.layers
+        places = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+        size = None
+        for index, layer in enumerate(layers[: sparsifier.feature_layer % len(layers) + 1]):
+            removed = sparsifier.removed(index, len(layers), hidden.shape[1] - 1)
+            hidden, size, moved = merging_layer(layer, hidden, size, removed, 1, sparsifier.proportional)
+            places = places.to(hidden.device) if moved is None else moved.gather(1, places.to(hidden.device))
+        return Images(hidden, pixels, places=places)

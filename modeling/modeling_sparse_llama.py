@@ -19,8 +19,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rows import TAP, RowTap, row_probabilities, watch
 from .pruned_cache import ShortenedPrompt, remember, remembered
-from .sparsifier import DecoderSparsifier, RaterAttention, Selection, exact
+from .sparsifier import DecoderSparsifier, RaterAttention, Selection
 from .stages import Prompt, RatingRows, apply_reductions, open_prompt, record_stage, reduce_group, trim_cache
+from .tensors import exact
 from .token_layout import PromptLayout, VisualGroup
 
 # Rows of attention that are there at a time where every token rates.
@@ -75,6 +76,7 @@ class PrunedDecoderMixin:
         tokens_per_image: int = 1,
         sparsifier: DecoderSparsifier | None = None,
         fingerprints: Tensor | None = None,
+        numbers: tuple[Tensor, int] | None = None,
         output_selection: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
@@ -85,6 +87,7 @@ class PrunedDecoderMixin:
             tokens_per_image: visual tokens of one image, by which `sparsifier`'s budgets count.
             sparsifier: the method; needed with a layout.
             fingerprints: `(batch,)` int64, what the method has drawn from the images of each prompt.
+            numbers: what the visual tokens are, where an encoder method has chosen them: see `open_prompt`.
             output_selection: whether to return the stages.
 
         Raises:
@@ -114,6 +117,7 @@ class PrunedDecoderMixin:
             tokens_per_image=tokens_per_image,
             sparsifier=sparsifier,
             fingerprints=fingerprints,
+            numbers=numbers,
             output_selection=output_selection,
             **kwargs,
         )
@@ -130,6 +134,7 @@ class PrunedDecoderMixin:
         tokens_per_image: int,
         sparsifier: DecoderSparsifier | None,
         fingerprints: Tensor | None,
+        numbers: tuple[Tensor, int] | None,
         output_selection: bool,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -143,7 +148,9 @@ class PrunedDecoderMixin:
             position_ids = past + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).expand(
                 inputs_embeds.shape[0], -1
             )
+        # Pruning behind a layer, and ahead of one.
         stages: dict[int, int] = {}
+        ahead: dict[int, int] = {}
         prompt = None
         if layout is not None and sparsifier is not None:
             if past:
@@ -151,8 +158,11 @@ class PrunedDecoderMixin:
                     f"{sparsifier.name} prunes a prompt as a whole: a new image on a cache that is not empty is not "
                     "supported. Run the conversation from its start without the cache."
                 )
-            stages = {layer: i for i, layer in enumerate(sparsifier.layers)}
-            prompt = open_prompt(layout, sparsifier, inputs_embeds, position_ids, tokens_per_image, fingerprints)
+            numbered = {layer: i for i, layer in enumerate(sparsifier.layers)}
+            stages, ahead = ({}, numbered) if sparsifier.before_layer else (numbered, {})
+            prompt = open_prompt(
+                layout, sparsifier, inputs_embeds, position_ids, tokens_per_image, fingerprints, numbers
+            )
             attention_mask = layout.valid
 
         elif attention_mask is not None and not is_torchdynamo_compiling() and bool(attention_mask.all()):
@@ -166,6 +176,16 @@ class PrunedDecoderMixin:
             if index and index in carried:
                 masks, rotary = self._resume(index, carried[index], hidden, attention_mask, position_ids, cache)
             tap = None
+            if index in ahead:
+                assert prompt is not None
+                assert sparsifier is not None
+                preview = self._preview(layer, hidden, prompt, rotary)
+                hidden, prompt = hidden.to(preview.query.device), prompt.to(preview.query.device)
+                hidden, prompt, selection = self._prune(
+                    ahead[index], hidden, preview, prompt, sparsifier, output_selection
+                )
+                selections += selection
+                masks, rotary = self._pruned_run(index, hidden, prompt, sparsifier, cache, inputs_embeds.shape[1])
             if index in stages:
                 assert prompt is not None
                 assert sparsifier is not None
@@ -190,20 +210,41 @@ class PrunedDecoderMixin:
                 prompt = prompt.to(hidden.device)
                 hidden, prompt, selection = self._prune(stage, hidden, tap, prompt, sparsifier, output_selection)
                 selections += selection
-                if cache is not None and index + 1 < self.config.num_hidden_layers:
-                    length = inputs_embeds.shape[1]
-                    shortened = ShortenedPrompt(prompt.valid, hidden.shape[1], length, sparsifier.positions)
-                    remember(cache, index + 1, shortened)
-                masks, rotary = self._run_of_layers(index + 1, hidden, prompt.valid, prompt.position_ids, cache)
+                masks, rotary = self._pruned_run(index + 1, hidden, prompt, sparsifier, cache, inputs_embeds.shape[1])
 
         if prompt is not None and sparsifier is not None and sparsifier.trim_cache and cache is not None:
-            trim_cache(cache, sparsifier.layers, prompt, inputs_embeds.shape[1], sparsifier.positions)
+            trim_cache(cache, sparsifier.pruned_layers, prompt, inputs_embeds.shape[1], sparsifier.positions)
         return SparseDecoderOutput(
             last_hidden_state=self.norm(hidden),
             past_key_values=cache if use_cache else None,
             columns=None if prompt is None else prompt.columns,
             selection=tuple(selections) if output_selection else None,
         )
+
+    def _preview(self, layer: Any, hidden: Tensor, prompt: Prompt, rotary: tuple[Tensor, Tensor]) -> RowTap:
+        """The rating rows of a layer's attention, before the layer is run."""
+        device = layer.input_layernorm.weight.device
+        if device.type != "meta":  # Offloaded; then hooks of the modules see to it.
+            hidden, prompt = hidden.to(device), prompt.to(device)
+            rotary = (rotary[0].to(device), rotary[1].to(device))
+        tap = RowTap(prompt.rating_rows(False).columns, project_keys=True)
+        with torch.no_grad():
+            tap.take(layer.self_attn, layer.input_layernorm(hidden), rotary)
+        return tap
+
+    def _pruned_run(
+        self,
+        first: int,
+        hidden: Tensor,
+        prompt: Prompt,
+        sparsifier: DecoderSparsifier,
+        cache: Cache | None,
+        length: int,
+    ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        """Masks and rotary tables for the layers from `first` on, which see the prompt pruned; the cache is told."""
+        if cache is not None and first < self.config.num_hidden_layers:
+            remember(cache, first, ShortenedPrompt(prompt.valid, hidden.shape[1], length, sparsifier.positions))
+        return self._run_of_layers(first, hidden, prompt.valid, prompt.position_ids, cache)
 
     def _resume(
         self,
@@ -256,14 +297,14 @@ class PrunedDecoderMixin:
         output_selection: bool,
     ) -> tuple[Tensor, Prompt, list[Selection]]:
         """Reduces the output of a pruning layer, `(batch, length, channels)`."""
-        layer = sparsifier.layers[stage]
+        layer = sparsifier.pruned_layers[stage]
         rows = prompt.rating_rows(sparsifier.visual_raters)
         reductions = []
         for group in prompt.groups:
             if not group.columns.shape[1]:
                 continue
             with torch.no_grad(), exact(hidden):
-                scores, attention = self._scores(layer, tap, prompt, rows, group, sparsifier)
+                scores, attention = self._scores(sparsifier.layers[stage], tap, prompt, rows, group, sparsifier)
                 counts = sparsifier.counts(stage, group.images, attention)
             for count in sorted(set(counts)):
                 members = [i for i, c in enumerate(counts) if c == count]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import SparseLlavaConfig, build_sparsifier
 from .generation import PrunedGenerationMixin
-from .modeling_sparse_clip import SparseCLIPVisionModel
+from .modeling_sparse_clip import SparseCLIPVisionModel, SparseCLIPVisionOutput
 from .modeling_sparse_llama import SPARSE_DECODERS
-from .placeholders import DecoderInputs, insert_features, newest_mask, translate
+from .placeholders import DecoderInputs, images_per_prompt, insert_features, newest_mask, question_of, translate
 from .pruned_cache import remember, remembered
-from .sparsifier import DecoderSparsifier, EncoderSparsifier, Selection, Sparsifier
-from .stages import stage_by_prompt
+from .sparsifier import EncoderSparsifier, Images, Question, Reduced, Selection, Sparsifier
+from .stages import numbers_by_prompt, stage_by_prompt
+from .tensors import exact
 from .token_layout import PADDING, PromptLayout
 
 IGNORED_LABEL = -100
@@ -108,14 +109,21 @@ class SparseLlavaModel(LlavaModel):
         pixel_values: Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        question: Question | None = None,
         output_selection: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encodes and projects images.
 
+        Args:
+            question: for an encoder method that looks at it.
+
         Returns:
             stock output with `pooler_output`, a list of `(tokens, channels)` per image; an encoder method's features
             replace those of `vision_feature_layer`.
+
+        Raises:
+            ValueError: if the method needs a question and there is none.
         """
         sparsifier = self.sparsifier
         if sparsifier is None or not isinstance(self.vision_tower, SparseCLIPVisionModel):
@@ -126,9 +134,20 @@ class SparseLlavaModel(LlavaModel):
                 return_dict=True,
                 **kwargs,
             )
-        if isinstance(sparsifier, EncoderSparsifier):
+        encoder = sparsifier.encoder
+        if encoder is not None and encoder.place == "projector":
+            images = self.encode_images(pixel_values, **kwargs)
+            reduced = self.reduce_images(images, question)
+            layer = encoder.feature_layer % len(self.vision_tower.encoder.layers)
+            return SparseCLIPVisionOutput(
+                last_hidden_state=images.hidden[:, 1:],
+                pooler_output=list(reduced.features),
+                numbers=reduced.numbers,
+                selection=(reduced.selection(layer),) if output_selection else None,
+            )
+        if encoder is not None:
             outputs = self.vision_tower(
-                pixel_values, sparsifier=sparsifier, output_selection=output_selection, return_dict=True, **kwargs
+                pixel_values, sparsifier=encoder, output_selection=output_selection, return_dict=True, **kwargs
             )
             features = outputs.last_hidden_state
         else:
@@ -140,6 +159,30 @@ class SparseLlavaModel(LlavaModel):
             features = outputs.last_hidden_state[:, 1 if strategy == "default" else 0 :]
         outputs.pooler_output = list(self.multi_modal_projector(features))
         return outputs
+
+    def encode_images(self, pixel_values: Tensor, **kwargs: Any) -> Images:
+        """What a method behind the projector sees of `(images, 3, height, width)` pixels, before any question."""
+        assert self.sparsifier is not None
+        images = self.vision_tower(pixel_values, sparsifier=self.sparsifier.encoder, return_dict=True, **kwargs).images
+        projected = self.multi_modal_projector(images.hidden[:, 1:])
+        return replace(images.to(projected.device), projected=projected)
+
+    def reduce_images(self, images: Images, question: Question | None = None) -> Reduced:
+        """The tokens that a method behind the projector leaves, given what is asked about each image.
+
+        Raises:
+            ValueError: if the method needs a question and there is none.
+        """
+        encoder = None if self.sparsifier is None else self.sparsifier.encoder
+        assert encoder is not None
+        assert images.projected is not None
+        if encoder.looks_at_question and question is None:
+            raise ValueError(
+                f"{encoder.name} looks at the question: call the model with the whole prompt, not "
+                "get_image_features with pixels alone."
+            )
+        with exact(images.projected):
+            return encoder.reduce(replace(images, question=question))
 
     @can_return_tuple
     def forward(
@@ -154,6 +197,8 @@ class SparseLlavaModel(LlavaModel):
         vision_feature_select_strategy: str | None = None,
         visual_mask: Tensor | None = None,
         fingerprints: Tensor | None = None,
+        numbers: Tensor | None = None,
+        question_ids: Tensor | None = None,
         output_selection: bool = False,
         **kwargs: Any,
     ) -> SparseLlavaModelOutput:
@@ -164,6 +209,10 @@ class SparseLlavaModel(LlavaModel):
                 hold image features already; not together with `pixel_values`.
             fingerprints: with `visual_mask`, `(batch,)` int64: the sum of the method's `fingerprints` of each prompt's
                 images. Without them, a method that draws from the images draws the same for all prompts.
+            numbers: with `visual_mask` and a composition, `(batch, V)` int64: what the visual tokens are, as
+                `get_image_features` numbers them.
+            question_ids: `(batch, n)` int64, the question in CLIP's vocabulary, -1 for padding, for a method that
+                reads it with a CLIP text tower.
             output_selection: whether to return the stages.
             position_ids: where placeholders are left over and dropped, positions are counted anew from the mask.
 
@@ -172,7 +221,7 @@ class SparseLlavaModel(LlavaModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        features_from = {
+        features_from: dict[str, Any] = {
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
@@ -198,8 +247,17 @@ class SparseLlavaModel(LlavaModel):
 
         inputs = DecoderInputs(inputs_embeds, attention_mask, position_ids)
         layout, features = None, None
+        encoder, decoder = (
+            (None, None) if self.sparsifier is None else (self.sparsifier.encoder, self.sparsifier.decoder)
+        )
         stages: tuple[Selection, ...] = ()
         if pixel_values is not None:
+            layout = PromptLayout.of(
+                self.placeholders(input_ids, inputs_embeds), newest_mask(attention_mask, inputs_embeds.shape[1])
+            )
+            if encoder is not None and encoder.looks_at_question:
+                images = images_per_prompt(layout, len(pixel_values), encoder.tokens, self.dense_tokens_per_image)
+                features_from["question"] = question_of(inputs_embeds, layout, images, question_ids)
             outputs = self.get_image_features(
                 pixel_values,
                 **({"output_selection": True} if output_selection else {}),
@@ -207,15 +265,13 @@ class SparseLlavaModel(LlavaModel):
                 return_dict=True,
             )
             features = _stacked(outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
-            layout = PromptLayout.of(
-                self.placeholders(input_ids, inputs_embeds), newest_mask(attention_mask, inputs_embeds.shape[1])
-            )
-            is_encoder = isinstance(self.sparsifier, EncoderSparsifier)
-            dense_tokens = self.dense_tokens_per_image if is_encoder else features.shape[1]
+            dense_tokens = features.shape[1] if encoder is None else self.dense_tokens_per_image
             inputs, layout, images = insert_features(inputs, layout, features, dense_tokens, past_key_values)
-            if isinstance(self.sparsifier, DecoderSparsifier):
-                drawn = self.sparsifier.fingerprints(pixel_values)
+            if decoder is not None:
+                drawn = decoder.fingerprints(pixel_values)
                 fingerprints = None if drawn is None else torch.stack([part.sum() for part in drawn.split(images)])
+            if encoder is not None and decoder is not None:
+                numbers = numbers_by_prompt(outputs.numbers, images, self.patches_per_image, encoder.new_tokens)
             stages = tuple(
                 stage_by_prompt(stage, images, self.patches_per_image)
                 for stage in getattr(outputs, "selection", None) or ()
@@ -226,11 +282,15 @@ class SparseLlavaModel(LlavaModel):
             inputs = translate(inputs, held[0], past_key_values)
 
         decoder_arguments: dict[str, Any] = {}
-        if isinstance(self.sparsifier, DecoderSparsifier) and layout is not None and any(layout.visual_counts):
+        if decoder is not None and layout is not None and any(layout.visual_counts):
+            entering = self.dense_tokens_per_image if encoder is None else encoder.tokens
             decoder_arguments = {
                 "layout": layout,
-                "tokens_per_image": self.dense_tokens_per_image if features is None else features.shape[1],
-                "sparsifier": self.sparsifier,
+                "tokens_per_image": entering if features is None else features.shape[1],
+                "numbers": None
+                if numbers is None or encoder is None
+                else (numbers, self.patches_per_image + encoder.new_tokens + 1),
+                "sparsifier": decoder,
                 "fingerprints": fingerprints,
                 "output_selection": output_selection,
             }
@@ -244,14 +304,19 @@ class SparseLlavaModel(LlavaModel):
         )
         if inputs.shortened is not None and outputs.past_key_values is not None:
             remember(outputs.past_key_values, 0, inputs.shortened)
+        pruned, columns = getattr(outputs, "selection", None) or (), getattr(outputs, "columns", None)
+        if inputs.columns is not None:
+            # The decoder counts in what it was given.
+            columns = inputs.columns if columns is None else _of_caller(columns, inputs.columns)
+            pruned = tuple(replace(stage, raters=_of_caller(stage.raters, inputs.columns)) for stage in pruned)
         return SparseLlavaModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=None if features is None else features.flatten(0, 1),
-            columns=getattr(outputs, "columns", None) if inputs.columns is None else inputs.columns,
-            selection=stages + (getattr(outputs, "selection", None) or ()) if output_selection else None,
+            columns=columns,
+            selection=stages + pruned if output_selection else None,
         )
 
     def _check_inputs(self, pixel_values: Tensor | None, visual_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -270,6 +335,12 @@ class SparseLlavaModel(LlavaModel):
         assert inputs_embeds is not None
         embedding = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
         return (inputs_embeds == embedding).all(-1)
+
+
+def _of_caller(columns: Tensor, known: Tensor) -> Tensor:
+    """Columns `(batch, n)` of the decoder's input as the caller's, which are `known`; negative ones stay."""
+    columns = columns.to(known.device)
+    return torch.where(columns < 0, columns, known.gather(1, columns.clamp(min=0)))
 
 
 def _stacked(features: Sequence[Tensor]) -> Tensor:
@@ -299,10 +370,10 @@ class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditi
     def set_sparsity(
         self,
         method: str | None = None,
-        budget: int | None = None,
+        budget: float | Any = None,
         *,
-        layers: Sequence[int] | None = None,
-        budgets: Sequence[int] | None = None,
+        layers: Any = None,
+        budgets: Any = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         """Switches the method without touching the weights; `set_sparsity(None)` makes the model dense.
@@ -340,10 +411,11 @@ class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditi
         logits_to_keep: int | Tensor = 0,
         image_sizes: Tensor | None = None,
         visual_mask: Tensor | None = None,
+        question_ids: Tensor | None = None,
         output_selection: bool = False,
         **kwargs: Any,
     ) -> SparseLlavaOutput:
-        """As LLaVA's; see `SparseLlavaModel.forward` for `visual_mask` and `output_selection`.
+        """As LLaVA's; see `SparseLlavaModel.forward` for `visual_mask`, `question_ids` and `output_selection`.
 
         Args:
             labels: `(batch, length)` over the tokens as passed, placeholders included.
@@ -360,6 +432,7 @@ class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditi
             vision_feature_select_strategy=vision_feature_select_strategy,
             image_sizes=image_sizes,
             visual_mask=visual_mask,
+            question_ids=question_ids,
             output_selection=output_selection,
             **kwargs,
         )
@@ -388,5 +461,5 @@ class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditi
         )
 
 
-def _as_list(values: Sequence[int] | None) -> list[int] | None:
-    return list(values) if isinstance(values, tuple) else values  # type: ignore[return-value]
+def _as_list(values: Any) -> Any:
+    return [_as_list(value) for value in values] if isinstance(values, tuple | list) else values

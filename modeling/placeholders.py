@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from .attention_rows import take_rows
 from .pruned_cache import ShortenedPrompt, remembered, surplus
-from .token_layout import PADDING, PromptLayout, following_positions, plan_compaction
+from .sparsifier import Question
+from .token_layout import PADDING, PromptLayout, following_positions, on_device, plan_compaction
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,35 @@ def newest_mask(attention_mask: Any, length: int) -> Tensor | None:
     return attention_mask[:, attention_mask.shape[1] - length :]
 
 
+def images_per_prompt(layout: PromptLayout, images: int, tokens: int, dense_tokens: int) -> list[int]:
+    """How many of the `images` belong to each prompt, for which `tokens` or `dense_tokens` placeholders are written.
+
+    Raises:
+        ValueError: if placeholders and images do not match.
+    """
+    total = sum(layout.visual_counts)
+    written = next((n for n in (tokens, dense_tokens) if n >= tokens and total == images * n), None)
+    if written is None or any(count % written for count in layout.visual_counts):
+        raise ValueError(
+            f"Image features and image tokens do not match: {images} images, and prompts with {layout.visual_counts} "
+            f"image tokens. Each image needs {tokens} tokens (SparseLlavaProcessor writes them) or {dense_tokens} "
+            "(LlavaProcessor)."
+        )
+    return [count // written for count in layout.visual_counts]
+
+
+def question_of(embeds: Tensor, layout: PromptLayout, images: list[int], ids: Tensor | None) -> Question:
+    """What is asked about each image: the text of its prompt in `(batch, length, channels)` embeddings.
+
+    Args:
+        images: per prompt; ids: `(batch, n)` int64 or None, see `Question`.
+    """
+    most = max([1] + [count for count, n in zip(layout.text_counts, images, strict=True) if n])
+    columns = (~layout.text).int().argsort(dim=1, stable=True)[:, :most]
+    question = Question(take_rows(embeds, columns), layout.text.gather(1, columns), ids)
+    return question.rows(on_device([row for row, n in enumerate(images) for _ in range(n)], embeds.device))
+
+
 def insert_features(
     inputs: DecoderInputs, layout: PromptLayout, features: Tensor, dense_tokens: int, cache: Cache | None
 ) -> tuple[DecoderInputs, PromptLayout, list[int]]:
@@ -57,16 +88,9 @@ def insert_features(
     Raises:
         ValueError: if placeholders and images do not match.
     """
-    images, tokens = features.shape[:2]
-    total = sum(layout.visual_counts)
-    written = next((n for n in (tokens, dense_tokens) if n >= tokens and total == images * n), None)
-    if written is None or any(count % written for count in layout.visual_counts):
-        raise ValueError(
-            f"Image features and image tokens do not match: {images} images, and prompts with {layout.visual_counts} "
-            f"image tokens. Each image needs {tokens} tokens (SparseLlavaProcessor writes them) or {dense_tokens} "
-            "(LlavaProcessor)."
-        )
-    per_prompt = [count // written for count in layout.visual_counts]
+    tokens = features.shape[1]
+    per_prompt = images_per_prompt(layout, features.shape[0], tokens, dense_tokens)
+    written = sum(layout.visual_counts) // max(1, features.shape[0])
     if written != tokens:
         inputs, layout = drop_surplus(inputs, layout, written, tokens, cache)
     mask = layout.visual[..., None].expand_as(inputs.embeds)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .sparsevlm import POSITIONS, check_stage_budgets, check_stages
-from .sparsifier import (
-    DecoderSparsifier,
-    EncoderSparsifier,
-    Geometry,
-    RaterAttention,
-    check_choice,
-    check_counts,
-    check_flag,
-    is_count,
-)
+from .checks import is_count
+from .sparsevlm import check_stage_budgets, default_layers
+from .sparsifier import DecoderSparsifier, EncoderSparsifier, Geometry, Images, RaterAttention, Reduced
+from .tensors import best
 
 PAPER = "the control of Token Pruning in Multimodal LLMs: Are We Solving the Right Problem? (arXiv 2502.11501)"
 LAST = 2**32 - 1
@@ -73,39 +65,19 @@ class RandomTokens(EncoderSparsifier):
     name = "random"
     paper = PAPER
     summary = "keeps patches at random, seeded, per image: a control; does not look at the picture or the question"
+    cost = "pixels"
     option_defaults: ClassVar[dict[str, Any]] = {"seed": 0}
 
     seed: int = 0
 
     @classmethod
-    def resolve(
-        cls,
-        geometry: Geometry,
-        budget: int | None,
-        layers: Sequence[int] | None,
-        budgets: Sequence[int] | None,
-        options: dict[str, Any] | None,
-    ) -> RandomTokens:
-        seed = check_seed(cls.check_options(options)["seed"])
-        budget = cls.check_budget(budget, geometry.patches)
-        layer = cls.check_layer(geometry, layers)
-        if budgets is None and budget is None:
-            raise ValueError("sparse_method='random' needs sparse_budget (64, say) or sparse_budgets=[tokens].")
-        counts = check_counts("sparse_budgets", [budget] if budgets is None else budgets, 1, geometry.patches, 1)
-        return cls((layer,), counts, seed)
+    def check_option(cls, name: str, value: Any) -> Any:
+        return check_seed(value)
 
-    @property
-    def tokens(self) -> int:
-        return self.budgets[0]
-
-    def reduce(
-        self, hidden: Tensor, cls_attention: Tensor, keys: Tensor, pixels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        patches = torch.arange(hidden.shape[1] - 1, device=hidden.device)
-        scores = random_scores(image_fingerprints(pixels).to(hidden.device), patches, self.seed)
-        kept = scores.argsort(dim=-1, descending=True, stable=True)[:, : self.tokens].sort(dim=-1).values
-        features = hidden.gather(1, (kept + 1)[..., None].expand(-1, -1, hidden.shape[-1]))
-        return features, kept, scores, None
+    def reduce(self, images: Images) -> Reduced:
+        patches = torch.arange(images.hidden.shape[1] - 1, device=images.hidden.device)
+        scores = random_scores(image_fingerprints(images.pixels).to(images.hidden.device), patches, self.seed)
+        return Reduced.kept(images.hidden[:, 1:], best(scores, self.tokens), scores)
 
 
 @dataclass(frozen=True)
@@ -123,6 +95,8 @@ class RandomDecoder(DecoderSparsifier):
     name = "random_decoder"
     paper = PAPER
     summary = "drops visual tokens at random between decoder layers, seeded, per prompt: a control"
+    cost = "pixels + V"
+    looks_at_question = False
     option_defaults: ClassVar[dict[str, Any]] = {"positions": "original", "seed": 0, "trim_cache": False}
 
     positions: str = "original"
@@ -130,22 +104,16 @@ class RandomDecoder(DecoderSparsifier):
     trim_cache: bool = False
 
     @classmethod
-    def resolve(
-        cls,
-        geometry: Geometry,
-        budget: int | None,
-        layers: Sequence[int] | None,
-        budgets: Sequence[int] | None,
-        options: dict[str, Any] | None,
-    ) -> RandomDecoder:
-        chosen = cls.check_options(options)
-        seed = check_seed(chosen["seed"])
-        positions = check_choice("positions", chosen["positions"], POSITIONS)
-        stages = check_stages("2.0", geometry.decoder_layers, layers, budgets)
-        counts = check_stage_budgets(
-            cls.name, "2.0", geometry, stages, cls.check_budget(budget, geometry.patches), budgets
-        )
-        return cls(stages, counts, positions, seed, check_flag("trim_cache", chosen["trim_cache"]))
+    def check_option(cls, name: str, value: Any) -> Any:
+        return check_seed(value) if name == "seed" else super().check_option(name, value)
+
+    @classmethod
+    def preset_layers(cls, geometry: Geometry, budget: int | None) -> tuple[int, ...]:
+        return default_layers("2.0", geometry.decoder_layers)
+
+    @classmethod
+    def preset_budgets(cls, geometry: Geometry, budget: int, layers: tuple[int, ...], by_hand: bool) -> tuple[int, ...]:
+        return check_stage_budgets(cls.name, "2.0", geometry, layers, budget, None)
 
     def fingerprints(self, pixels: Tensor) -> Tensor:
         return image_fingerprints(pixels)
@@ -157,7 +125,3 @@ class RandomDecoder(DecoderSparsifier):
         assert attention.fingerprints is not None
         assert attention.numbers is not None
         return random_scores(attention.fingerprints, attention.numbers, self.seed)
-
-    def counts(self, stage: int, images: int, attention: RaterAttention) -> list[int]:
-        rows, visual = attention.visual_positions.shape
-        return [min(self.budgets[stage] * images, visual)] * rows

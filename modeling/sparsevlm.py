@@ -5,22 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .sparsifier import (
-    DecoderSparsifier,
-    Geometry,
-    RaterAttention,
-    check_choice,
-    check_counts,
-    check_flag,
-    cluster_mean,
-    to_float,
-)
+from .checks import CHOICES, POSITIONS, check_choice, check_counts, check_flag
+from .presets import PRESET_PATCHES, check_stages, scale_layers
+from .sparsifier import DecoderSparsifier, Geometry, RaterAttention
+from .tensors import cluster_mean, to_float
 
 RECYCLED_SHARE = 0.3  # tau of the paper
 CLUSTER_SHARE = 10  # 1 / theta of the paper
@@ -31,9 +24,6 @@ PRESETS: dict[str, dict[int, tuple[int, ...]]] = {
     "1.5": {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)},
     "2.0": {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118)},
 }
-PRESET_PATCHES = 576
-PRESET_DEPTH = 32
-POSITIONS = ("compact", "original")
 RATERS = ("selected", "text", "all")
 LAYERS = {"1.0": (2, 6, 15, 19), "1.5": (2, 6, 15), "2.0": (2, 6, 15)}
 RANK_SETTINGS = {64: (0.8, 0.0), 128: (9.0, 6.0), 192: (13.5, 0.0)}
@@ -130,23 +120,8 @@ def density_clusters(x: Tensor, clusters: int, noise: Tensor | None = None) -> t
 
 
 def default_layers(version: str, depth: int) -> tuple[int, ...]:
-    """The published layers for 32 decoder layers or more; fewer layers scale them down in proportion.
-
-    Scaled layers lie at least two apart (one, where that does not fit before the last layer), the first from layer 1
-    on: 8 layers give 1, 3, 5. A model with fewer layers than stages drops the earliest stages.
-    """
-    published = LAYERS[version]
-    if depth >= PRESET_DEPTH:
-        return published
-    for gap in (2, 1):
-        layers: list[int] = []
-        for layer in published:
-            scaled = max(1, int(layer * depth / PRESET_DEPTH + 0.5))
-            layers.append(max(scaled, layers[-1] + gap) if layers else scaled)
-        if layers[-1] <= depth - 2:
-            return tuple(layers)
-    last = max(1, depth - 1)
-    return tuple(range(max(0, last - len(published)), last))
+    """The published layers, see `scale_layers`."""
+    return scale_layers(LAYERS[version], depth)
 
 
 def default_budgets(version: str, budget: int, patches: int, stages: int) -> tuple[int, ...]:
@@ -181,23 +156,6 @@ def with_recycled(budgets: Sequence[int], patches: int) -> tuple[int, ...]:
         entering = kept + recycled(entering - kept)[1]
         totals.append(entering)
     return tuple(totals)
-
-
-def check_stages(version: str, depth: int, layers: Sequence[int] | None, budgets: object) -> tuple[int, ...]:
-    """The layers at which to prune, by default those of `version`, the last ones where `budgets` are fewer.
-
-    Raises:
-        ValueError: for `layers` that are not ascending, or not in the decoder.
-    """
-    if layers is None:
-        stages = default_layers(version, depth)
-        if isinstance(budgets, list | tuple) and 0 < len(budgets) < len(stages):
-            stages = stages[-len(budgets) :]
-        return stages
-    stages = check_counts("sparse_layers", layers, 0, depth - 1)
-    if any(a >= b for a, b in pairwise(stages)):
-        raise ValueError(f"sparse_layers={list(layers)}: ascending decoder layers, each once, are allowed.")
-    return stages
 
 
 def check_stage_budgets(
@@ -261,6 +219,7 @@ class SparseVLM(DecoderSparsifier):
     name = "sparsevlm"
     paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"
     summary = "question tokens rate the visual tokens between decoder layers; dropped tokens are recycled as clusters"
+    cost = "R L d + (0.3 V)^2 d at each of 3 layers"
     option_defaults: ClassVar[dict[str, Any]] = {
         "version": "1.5",
         "positions": None,
@@ -285,7 +244,7 @@ class SparseVLM(DecoderSparsifier):
     def resolve(
         cls,
         geometry: Geometry,
-        budget: int | None,
+        budget: float | None,
         layers: Sequence[int] | None,
         budgets: Sequence[int] | None,
         options: dict[str, Any] | None,
@@ -303,7 +262,8 @@ class SparseVLM(DecoderSparsifier):
             "trim_cache": check_flag("trim_cache", chosen["trim_cache"]),
         }
         budget = cls.check_budget(budget, geometry.patches)
-        stages = check_stages(version, geometry.decoder_layers, layers, budgets)
+        depth = geometry.decoder_layers
+        stages = check_stages(depth, layers, default_layers(version, depth), budgets)
         if version == "1.0":
             return cls(stages, (), **common, **cls._resolve_rank_rule(budget, budgets, chosen))
         for option in ("scale", "bias", "lam"):
@@ -341,6 +301,11 @@ class SparseVLM(DecoderSparsifier):
         scale = default[0] if chosen["scale"] is None else float(chosen["scale"])
         bias = default[1] if chosen["bias"] is None else float(chosen["bias"])
         return {"scale": scale, "bias": bias, "lam": chosen["lam"]}
+
+    @classmethod
+    def check_option(cls, name: str, value: Any) -> Any:
+        # Of positions, None stands for the version's own.
+        return value if name in CHOICES else super().check_option(name, value)
 
     @property
     def visual_raters(self) -> bool:

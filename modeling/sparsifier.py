@@ -6,14 +6,16 @@ fields of a configuration by `Sparsifier.resolve`, which is also where every inv
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from .checks import CHOICES, check_choice, check_counts, check_flag, is_count, nearest
+from .presets import check_stages
 
 
 @dataclass(frozen=True)
@@ -52,48 +54,6 @@ class Selection:
     raters: Tensor | None = None
 
 
-def nearest(name: object, allowed: Sequence[str]) -> str:
-    """A hint that names the closest valid word, or an empty string: `(did you mean 'visionzip'?)`."""
-    close = difflib.get_close_matches(str(name).lower(), list(allowed), n=1, cutoff=0.4)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def is_count(value: object, low: int, high: int) -> bool:
-    """Whether `value` is an integer (a bool is none) within `low..high`."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def check_counts(field: str, values: object, low: int, high: int, length: int | None = None) -> tuple[int, ...]:
-    """Returns `values` as a tuple of integers in `low..high`.
-
-    Raises:
-        ValueError: naming the field, the value and what is allowed.
-    """
-    size = "a list of" if length is None else f"a list of {length}"
-    entries = list(values) if isinstance(values, list | tuple) else None
-    if (
-        not entries
-        or (length is not None and len(entries) != length)
-        or not all(is_count(v, low, high) for v in entries)
-    ):
-        raise ValueError(f"{field}={values!r}: {size} integers from {low} to {high} is allowed.")
-    return tuple(entries)
-
-
-def check_choice(option: str, value: object, allowed: Sequence[str]) -> str:
-    """Returns the `value` of an option if it is one of the `allowed` words; raises ValueError otherwise."""
-    if value not in allowed:
-        raise ValueError(f"sparse_options: {option}={value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}.")
-    return str(value)
-
-
-def check_flag(option: str, value: object) -> bool:
-    """Returns the `value` of an option if it is true or false; raises ValueError otherwise."""
-    if not isinstance(value, bool):
-        raise ValueError(f"sparse_options: {option}={value!r}: true or false is allowed.")
-    return value
-
-
 @dataclass(frozen=True)
 class Sparsifier(ABC):
     """A method with its hyper-parameters.
@@ -108,16 +68,28 @@ class Sparsifier(ABC):
     paper: ClassVar[str]
     summary: ClassVar[str]
     option_defaults: ClassVar[dict[str, Any]] = {}
+    cost: ClassVar[str]
+    looks_at_question: ClassVar[bool] = False
 
     layers: tuple[int, ...]
     budgets: tuple[int, ...]
+
+    @property
+    def encoder(self) -> EncoderSparsifier | None:
+        """The part that reduces what enters the decoder, if there is one."""
+        return None
+
+    @property
+    def decoder(self) -> DecoderSparsifier | None:
+        """The part that acts between decoder layers, if there is one."""
+        return None
 
     @classmethod
     @abstractmethod
     def resolve(
         cls,
         geometry: Geometry,
-        budget: int | None,
+        budget: float | None,
         layers: Sequence[int] | None,
         budgets: Sequence[int] | None,
         options: dict[str, Any] | None,
@@ -129,17 +101,28 @@ class Sparsifier(ABC):
         """
 
     @classmethod
-    def check_budget(cls, budget: int | None, patches: int) -> int | None:
-        """Returns `budget` if it is None or a token count from 1 to `patches`; raises ValueError otherwise."""
+    def check_budget(cls, budget: float | None, patches: int) -> int | None:
+        """Returns `budget` as a token count; a ratio is one of the `patches` of an image, one token at least.
+
+        Raises:
+            ValueError: if it is neither None, nor an integer from 1 to `patches`, nor a float above 0, 1.0 at most.
+        """
+        if isinstance(budget, float) and 0 < budget <= 1:
+            return max(1, int(budget * patches + 0.5))
         if budget is not None and not is_count(budget, 1, patches):
             raise ValueError(
-                f"sparse_budget={budget!r}: an integer from 1 to {patches}, the visual tokens of one image, is allowed."
+                f"sparse_budget={budget!r}: an integer from 1 to {patches}, the visual tokens of one image, is "
+                "allowed, or a ratio above 0.0 and up to 1.0."
             )
-        return budget
+        return budget  # type: ignore[return-value]
 
     @classmethod
     def check_options(cls, options: dict[str, Any] | None) -> dict[str, Any]:
-        """Returns the method's options with defaults filled in; raises ValueError for a name it does not have."""
+        """Returns the method's options with defaults filled in.
+
+        Raises:
+            ValueError: for a name that it does not have, and a value that `check_option` refuses.
+        """
         if options is not None and not isinstance(options, dict):
             raise ValueError(f"sparse_options={options!r}: a dict of options is allowed.")
         for name in options or {}:
@@ -147,18 +130,157 @@ class Sparsifier(ABC):
                 allowed = ", ".join(sorted(cls.option_defaults)) or "none"
                 hint = nearest(name, list(cls.option_defaults))
                 raise ValueError(f"sparse_options: {cls.name} has no option {name!r}{hint}; it has: {allowed}.")
-        return {**cls.option_defaults, **(options or {})}
+        return {
+            name: cls.check_option(name, (options or {}).get(name, default))
+            for name, default in cls.option_defaults.items()
+        }
+
+    @classmethod
+    def check_option(cls, name: str, value: Any) -> Any:
+        """Returns the value of an option as the method's field of that name takes it; raises ValueError for others."""
+        if name in CHOICES:
+            return check_choice(name, value, CHOICES[name])
+        return check_flag(name, value) if isinstance(cls.option_defaults[name], bool) else value
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about some images, a row for each.
+
+    Attributes:
+        embeds: `(images, T, channels)` input embeddings of the text behind the last image of the prompt, or, where
+            there is none, of all its text; valid: `(images, T)` bool, false for padding.
+        ids: `(images, n)` int64, the question in the vocabulary of a CLIP text tower, -1 for padding; or None.
+    """
+
+    embeds: Tensor
+    valid: Tensor
+    ids: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Question:
+        """The question of some of the images, or of some of the prompts for the images in them."""
+        ids = None if self.ids is None else self.ids[index.to(self.ids.device)]
+        return Question(self.embeds[index], self.valid[index], ids)
+
+
+@dataclass(frozen=True)
+class Images:
+    """What an encoder method sees of some images.
+
+    Attributes:
+        hidden: `(images, 1 + patches, channels)` output of the method's encoder layer, CLS first.
+        pixels: `(images, 3, height, width)` as the tower was given them.
+        cls_attention: `(images, heads, patches)` float attention probability of CLS to every patch at that layer, and
+            keys: `(images, heads, 1 + patches, head_dim)`, output of its key projection; None without
+            `needs_attention`.
+        projected: `(images, patches, channels)` output of the projector, for a method behind it.
+        places: `(images, 1 + patches)` int64, the token of `hidden` that each token of the image went into, for a
+            method inside the layers.
+        question: for a method that looks at the question.
+    """
+
+    hidden: Tensor
+    pixels: Tensor
+    cls_attention: Tensor | None = None
+    keys: Tensor | None = None
+    projected: Tensor | None = None
+    places: Tensor | None = None
+    question: Question | None = None
+
+    def rows(self, index: Tensor) -> Images:
+        """Some of the images; an image may be there more than once."""
+        return self._map(lambda x: x[index.to(x.device)])
+
+    def to(self, device: torch.device) -> Images:
+        return self._map(lambda x: x.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Images:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {name: function(x) for name, x in values.items() if torch.is_tensor(x)}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What an encoder method makes of some images.
+
+    Attributes:
+        features: `(images, tokens, channels)`.
+        numbers: `(images, tokens)` int64, what each token is: patch p, from `patches` on a token made anew, or -1 (one
+            per image at most) for what stands for no patch: CLS.
+        scores: `(images, patches)` float, for the record.
+        merged: `(images, patches)` int64, which token made anew (from 0) each patch went into, -1 for none; or None.
+    """
+
+    features: Tensor
+    numbers: Tensor
+    scores: Tensor
+    merged: Tensor | None = None
+
+    @classmethod
+    def kept(cls, features: Tensor, kept: Tensor, scores: Tensor) -> Reduced:
+        """Of `(images, patches, channels)` the patches `(images, tokens)`, ascending, as they are."""
+        return cls(features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1])), kept, scores)
+
+    def selection(self, layer: int) -> Selection:
+        """The stage, numbered as of one image."""
+        patches = self.scores.shape[1]
+        own = (self.numbers >= 0) & (self.numbers < patches)
+        width = int(own.sum(-1).max())
+        ordered = torch.where(own, self.numbers, patches).sort(dim=-1).values[:, :width]
+        merge_map = None if self.merged is None else torch.where(self.merged >= 0, self.merged + patches, -1)
+        return Selection(layer, torch.where(ordered < patches, ordered, -1), self.scores, merge_map)
 
 
 class EncoderSparsifier(Sparsifier):
-    """Reduces the tokens of the vision tower: a static number of tokens leaves it, so all after it stays stock."""
+    """Reduces the visual tokens of every image on its own: a static number of them enters the decoder.
+
+    Attributes:
+        place: "tower", the method works on a layer's output and the projector sees what it leaves; "layers", likewise,
+            and it is inside the layers too; or "projector": it works on projected features, of all patches.
+        needs_attention: whether it reads `Images.cls_attention` or `Images.keys`.
+    """
 
     kind: ClassVar[str] = "encoder"
+    place: ClassVar[str] = "tower"
+    needs_attention: ClassVar[bool] = False
 
     @property
-    @abstractmethod
+    def encoder(self) -> EncoderSparsifier:
+        return self
+
+    @property
     def tokens(self) -> int:
         """Visual tokens per image that enter the decoder."""
+        return self.budgets[-1]
+
+    @property
+    def new_tokens(self) -> int:
+        """How many of them, at most, are made anew of several patches."""
+        return 0
+
+    @property
+    def feature_layer(self) -> int:
+        """The encoder layer after which the tower stops."""
+        return self.layers[-1]
+
+    @classmethod
+    def resolve(
+        cls,
+        geometry: Geometry,
+        budget: float | None,
+        layers: Sequence[int] | None,
+        budgets: Sequence[int] | None,
+        options: dict[str, Any] | None,
+    ) -> EncoderSparsifier:
+        """For a method with `sparse_budgets=[tokens]`, and a field for every option."""
+        chosen = cls.check_options(options)
+        tokens = cls.check_budget(budget, geometry.patches)
+        layer = cls.check_layer(geometry, layers)
+        if budgets is None and tokens is None:
+            raise ValueError(f"sparse_method={cls.name!r} needs sparse_budget (64, say) or sparse_budgets=[tokens].")
+        counts = check_counts("sparse_budgets", [tokens] if budgets is None else budgets, 1, geometry.patches, 1)
+        return cls((layer,), counts, **chosen)
 
     @classmethod
     def check_layer(cls, geometry: Geometry, layers: Sequence[int] | None) -> int:
@@ -172,22 +294,8 @@ class EncoderSparsifier(Sparsifier):
         return check_counts("sparse_layers", given, -depth, depth - 1, 1)[0]
 
     @abstractmethod
-    def reduce(
-        self, hidden: Tensor, cls_attention: Tensor, keys: Tensor, pixels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Reduces the output of encoder layer `layers[0]`.
-
-        Args:
-            hidden: `(images, 1 + patches, channels)` output of the layer, CLS first.
-            cls_attention: `(images, heads, patches)` float attention probability of CLS to every patch.
-            keys: `(images, heads, 1 + patches, head_dim)` output of the layer's key projection.
-            pixels: `(images, 3, height, width)` as the tower was given them.
-
-        Returns:
-            features `(images, tokens, channels)`, and for the record: kept `(images, k)` patches, scores
-            `(images, patches)`, merged `(images, patches)` (index of the merged token of each patch, -1 for none)
-            or None.
-        """
+    def reduce(self, images: Images) -> Reduced:
+        """Chooses, or makes, the tokens of each image; of one image the same, whatever is beside it."""
 
 
 @dataclass(frozen=True)
@@ -219,14 +327,64 @@ class DecoderSparsifier(Sparsifier):
     the earlier token); all other tokens of the prompt stay.
 
     Attributes:
+        before_layer: whether the method acts right before its layers instead, by the attention that each would pay.
         positions: "compact", renumbered after every pruning, or "original".
         trim_cache: whether, once a prompt is through, the cache of the layers up to the last pruning layer loses what
             was pruned too: answers then cost less memory, and see less than in the papers.
     """
 
     kind: ClassVar[str] = "decoder"
+    looks_at_question: ClassVar[bool] = True
+    before_layer: ClassVar[bool] = False
     positions: str
     trim_cache: bool = False
+
+    @property
+    def decoder(self) -> DecoderSparsifier:
+        return self
+
+    @classmethod
+    def resolve(
+        cls,
+        geometry: Geometry,
+        budget: float | None,
+        layers: Sequence[int] | None,
+        budgets: Sequence[int] | None,
+        options: dict[str, Any] | None,
+    ) -> DecoderSparsifier:
+        """For a method with a field for every option; see `preset_layers` and `preset_budgets`."""
+        chosen = cls.check_options(options)
+        tokens = cls.check_budget(budget, geometry.patches)
+        preset = cls.preset_layers(geometry, tokens)
+        stages = check_stages(geometry.decoder_layers, layers, preset, budgets, first=int(cls.before_layer))
+        if budgets is None and tokens is None:
+            raise ValueError(
+                f"sparse_method={cls.name!r} needs sparse_budget (64, say) or sparse_budgets, tokens per layer."
+            )
+        if budgets is None:
+            assert tokens is not None
+            budgets = cls.preset_budgets(geometry, tokens, stages, layers is not None)
+        counts = check_counts("sparse_budgets", budgets, 1, geometry.patches, len(stages))
+        return cls(stages, counts, **chosen)
+
+    @classmethod
+    def preset_layers(cls, geometry: Geometry, budget: int | None) -> tuple[int, ...]:
+        """The layers for `sparse_budget`, ascending."""
+        raise NotImplementedError(f"{cls.__name__}: preset_layers, or a resolve of its own, is missing.")
+
+    @classmethod
+    def preset_budgets(cls, geometry: Geometry, budget: int, layers: tuple[int, ...], by_hand: bool) -> tuple[int, ...]:
+        """The tokens per layer that `sparse_budget` stands for.
+
+        Args:
+            layers: of the preset, or given `by_hand`.
+        """
+        raise NotImplementedError(f"{cls.__name__}: preset_budgets, or a resolve of its own, is missing.")
+
+    @property
+    def pruned_layers(self) -> tuple[int, ...]:
+        """The layers whose output is pruned."""
+        return tuple(layer - 1 for layer in self.layers) if self.before_layer else self.layers
 
     @property
     def visual_raters(self) -> bool:
@@ -255,9 +413,10 @@ class DecoderSparsifier(Sparsifier):
     def scores(self, attention: RaterAttention) -> Tensor:
         """Float32 scores `(rows, V)` of the visual tokens; the higher, the better."""
 
-    @abstractmethod
     def counts(self, stage: int, images: int, attention: RaterAttention) -> list[int]:
         """How many tokens each row keeps at stage `stage`: a list of `rows` integers from 0 to V."""
+        rows, visual = attention.visual_positions.shape
+        return [min(self.budgets[stage] * images, visual)] * rows
 
     def merge(self, layer: int, dropped: Tensor) -> tuple[Tensor, Tensor] | None:
         """Merges dropped tokens into new ones; None where the method just drops.
@@ -270,28 +429,3 @@ class DecoderSparsifier(Sparsifier):
             merged `(rows, c, channels)` and assignment `(rows, n)` int64 (merged token of each, -1 for none).
         """
         return None
-
-
-def exact(x: Tensor) -> torch.autocast:
-    """A context that keeps autocast away from scores on the device of `x`: they are float32 whatever is around them."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
-
-
-def to_float(x: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 as they are."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def cluster_mean(x: Tensor, assignment: Tensor, clusters: int, epsilon: float) -> Tensor:
-    """Unweighted means of clusters, as a product of matrices (deterministic on every device).
-
-    Args:
-        x: `(rows, n, channels)`; assignment: `(rows, n)` int64 cluster of each vector, negative for none.
-
-    Returns:
-        `(rows, clusters, channels)`: sums over members divided by (members + epsilon), or by 1 where that is less
-        than 1 (an empty cluster is zero).
-    """
-    member = (assignment[:, None, :] == torch.arange(clusters, device=x.device)[None, :, None]).to(x.dtype)
-    size = (member.sum(-1, keepdim=True) + epsilon).clamp(min=1)
-    return (member @ x) / size

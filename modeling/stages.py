@@ -12,13 +12,15 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .attention_rows import take_rows
 from .pruned_cache import ShortenedPrompt, remember, trim
-from .sparsifier import DecoderSparsifier, Selection, exact
+from .sparsifier import DecoderSparsifier, Selection
+from .tensors import exact
 from .token_layout import (
     MERGED,
     PADDING,
     PromptLayout,
     VisualGroup,
     compact_positions,
+    on_device,
     plan_compaction,
     visual_groups,
 )
@@ -117,10 +119,15 @@ def open_prompt(
     position_ids: Tensor,
     tokens_per_image: int,
     fingerprints: Tensor | None = None,
+    numbers: tuple[Tensor, int] | None = None,
 ) -> Prompt:
-    """Finds the groups and the raters of a prompt before the first layer."""
+    """Finds the groups and the raters of a prompt before the first layer.
+
+    Args:
+        numbers: `(batch, V)` of the visual tokens, and how many there are for each image; None for 0, 1, 2, ...
+    """
     batch, length = layout.visual.shape
-    groups = visual_groups(layout, tokens_per_image)
+    groups = visual_groups(layout, tokens_per_image, numbers)
     if is_torchdynamo_compiling():
         # A bound that the shape tells: one graph for all prompts of a shape.
         most = max(1, length - min(layout.visual_counts))
@@ -280,7 +287,7 @@ def record_stage(layer: int, reductions: Sequence[Reduction], raters: Tensor) ->
     merges = False
     for r in reductions:
         group = r.group
-        own = group.numbers.gather(1, r.kept)
+        own = group.numbers.gather(1, r.kept).sort(dim=-1).values
         kept = group.put(kept, nn.functional.pad(own, (0, widths[0] - own.shape[1]), value=-1))
         wide = nn.functional.pad(r.scores.to(scores.dtype), (0, widths[1] - r.scores.shape[1]), value=-torch.inf)
         scores = group.put(scores, wide)
@@ -293,22 +300,47 @@ def record_stage(layer: int, reductions: Sequence[Reduction], raters: Tensor) ->
 
 def stage_by_prompt(selection: Selection, images: list[int], patches: int) -> Selection:
     """The stage of a tower, a row per image, as a stage of the prompts, a row per prompt."""
-    most = max(images)
-    device = selection.kept.device
-    starts = [sum(images[:row]) for row in range(len(images))]
-    index = torch.tensor(
-        [[s + min(i, max(n - 1, 0)) for i in range(most)] for s, n in zip(starts, images, strict=True)]
-    )
-    index = index.clamp(max=selection.kept.shape[0] - 1).to(device)
-    there = torch.tensor([[i < n for i in range(most)] for n in images], device=device)[..., None]
-    totals = torch.tensor(images, device=device)[:, None, None] * patches
-    order = torch.arange(most, device=device)[:, None]
-
-    kept = torch.where(there, selection.kept[index] + order * patches, -1).flatten(1)
-    scores = torch.where(there, selection.scores[index], -torch.inf).flatten(1)
+    index, there = _images_by_prompt(images, selection.kept.device)
     merge_map = None
     if selection.merge_map is not None:
-        into = selection.merge_map[index] - patches
-        merged = int(selection.merge_map.max()) - patches + 1
-        merge_map = torch.where(there & (into >= 0), into + totals + order * merged, -1).flatten(1)
+        made = (selection.merge_map.amax(-1) + 1 - patches).clamp(min=0)
+        into = _renumber(selection.merge_map[index], made[index], images, patches)
+        merge_map = torch.where(there & (selection.merge_map[index] >= 0), into, -1).flatten(1)
+    order = torch.arange(index.shape[1], device=index.device)[:, None]
+    own = there & (selection.kept[index] >= 0)
+    kept = torch.where(own, selection.kept[index] + order * patches, -1).flatten(1)
+    # What stands for no token comes last.
+    kept = kept.gather(1, (kept < 0).int().argsort(dim=1, stable=True))
+    scores = torch.where(there, selection.scores[index], -torch.inf).flatten(1)
     return Selection(selection.layer, kept, scores, merge_map)
+
+
+def numbers_by_prompt(numbers: Tensor, images: list[int], patches: int, new_tokens: int) -> Tensor:
+    """`Reduced.numbers` `(images, tokens)` as `(batch, most images x tokens)` of the prompts', see `Selection`.
+
+    Tokens that stand for no patch come behind the `new_tokens` that each image may have.
+    """
+    index, _ = _images_by_prompt(images, numbers.device)
+    own = numbers[index]
+    known = _renumber(own, (numbers >= patches).sum(-1)[index], images, patches)
+    totals = on_device(images, numbers.device)[:, None, None] * (patches + new_tokens)
+    order = torch.arange(index.shape[1], device=index.device)[:, None]
+    return torch.where(own < 0, totals + order, known).flatten(1)
+
+
+def _renumber(numbers: Tensor, made: Tensor, images: list[int], patches: int) -> Tensor:
+    """Numbers `(batch, images, n)` within an image, which has so many `made` anew, within its prompt."""
+    order = torch.arange(numbers.shape[1], device=numbers.device)[:, None]
+    totals = on_device(images, numbers.device)[:, None, None] * patches
+    before = (made.cumsum(1) - made)[..., None]
+    return torch.where(numbers < patches, numbers + order * patches, numbers - patches + totals + before)
+
+
+def _images_by_prompt(images: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which image is the i-th of a prompt, `(batch, most)`, and whether there is one, `(batch, most, 1)`."""
+    most = max(images)
+    starts = [sum(images[:row]) for row in range(len(images))]
+    index = [[s + min(i, max(n - 1, 0)) for i in range(most)] for s, n in zip(starts, images, strict=True)]
+    there = [[i < n for i in range(most)] for n in images]
+    last = max(sum(images) - 1, 0)
+    return torch.tensor(index, device=device).clamp(max=last), torch.tensor(there, device=device)[..., None]

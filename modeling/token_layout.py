@@ -222,8 +222,14 @@ class VisualGroup:
         return VisualGroup(rows, index, self.images, columns, numbers, self.next_number)
 
 
-def visual_groups(layout: PromptLayout, tokens_per_image: int) -> list[VisualGroup]:
-    """The rows that have visual tokens, grouped by how many."""
+def visual_groups(
+    layout: PromptLayout, tokens_per_image: int, numbers: tuple[Tensor, int] | None = None
+) -> list[VisualGroup]:
+    """The rows that have visual tokens, grouped by how many.
+
+    Args:
+        numbers: `(batch, V)` of the visual tokens, and how many there are for each image; None for 0, 1, 2, ...
+    """
     groups = []
     order = (~layout.visual).int().argsort(dim=1, stable=True)
     for count in sorted(set(layout.visual_counts) - {0}):
@@ -231,6 +237,10 @@ def visual_groups(layout: PromptLayout, tokens_per_image: int) -> list[VisualGro
         whole = len(rows) == len(layout.visual_counts)
         index = None if whole else on_device(rows, order.device)
         columns = (order if index is None else order.index_select(0, index))[:, :count]
-        numbers = torch.arange(count, device=order.device).expand(len(rows), -1)
-        groups.append(VisualGroup(rows, index, max(1, count // tokens_per_image), columns, numbers, count))
+        images, following = max(1, count // tokens_per_image), count
+        own = torch.arange(count, device=order.device).expand(len(rows), -1)
+        if numbers is not None:
+            own, following = numbers[0].to(order.device)[:, :count], images * numbers[1]
+            own = own if index is None else own.index_select(0, index)
+        groups.append(VisualGroup(rows, index, images, columns, own, following))
     return groups

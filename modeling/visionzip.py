@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sparsifier import EncoderSparsifier, Geometry, check_counts, cluster_mean, is_count, to_float
+from .checks import check_counts, is_count
+from .sparsifier import EncoderSparsifier, Geometry, Images, Reduced
+from .tensors import cluster_mean, to_float
 
 
 def dominant_tokens(scores: Tensor, dominant: int) -> Tensor:
@@ -81,11 +83,14 @@ class VisionZip(EncoderSparsifier):
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)"
     summary = "keeps what CLS attends to, merges the rest into contextual tokens; does not look at the question"
 
+    cost = "N H d + N M d"
+    needs_attention = True
+
     @classmethod
     def resolve(
         cls,
         geometry: Geometry,
-        budget: int | None,
+        budget: float | None,
         layers: Sequence[int] | None,
         budgets: Sequence[int] | None,
         options: dict[str, Any] | None,
@@ -113,16 +118,23 @@ class VisionZip(EncoderSparsifier):
     def tokens(self) -> int:
         return sum(self.budgets)
 
-    def reduce(
-        self, hidden: Tensor, cls_attention: Tensor, keys: Tensor, pixels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    @property
+    def new_tokens(self) -> int:
+        return self.budgets[1]
+
+    def reduce(self, images: Images) -> Reduced:
+        assert images.cls_attention is not None
+        assert images.keys is not None
         dominant, contextual = self.budgets
-        scores = cls_attention.sum(1)
+        hidden, scores = images.hidden, images.cls_attention.sum(1)
         index = dominant_tokens(scores, dominant)
         features = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        numbers = index - 1
         merged = None
         if contextual:
-            tokens, owner = contextual_tokens(to_float(hidden), to_float(keys).mean(1), index, contextual)
+            tokens, owner = contextual_tokens(to_float(hidden), to_float(images.keys).mean(1), index, contextual)
             features = torch.cat([features, tokens.to(hidden.dtype)], dim=1)
+            made = torch.arange(contextual, device=index.device) + scores.shape[1]
+            numbers = torch.cat([numbers, made.expand(len(numbers), -1)], dim=1)
             merged = owner[:, 1:]
-        return features, index[:, 1:] - 1, scores, merged
+        return Reduced(features, numbers, scores, merged)

@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
-from transformers import LlavaProcessor
+import torch
+from transformers import AutoTokenizer, LlavaProcessor
+
+JOIN = "+"
+SURPLUS = 2
+
+
+def _one(budgets: Sequence[int]) -> int | None:
+    return budgets[0] if len(budgets) == 1 else None
+
+
+def _last(budgets: Sequence[int]) -> int | None:
+    return budgets[-1] if budgets else None
+
+
+def _both(budgets: Sequence[int]) -> int | None:
+    return sum(budgets) if len(budgets) == 2 else None
+
 
 # The files of this folder import none of the model's, so that either can be pushed alone; a test compares the names.
-BUDGETS = {"random": ("tokens",), "visionzip": ("dominant", "contextual")}
-ENCODER_METHODS = tuple(BUDGETS)
-DECODER_METHODS = ("random_decoder", "sparsevlm")
+# How many tokens of each image an encoder method's `sparse_budgets` leave, and what is allowed in them.
+ENCODER_METHODS: dict[str, tuple[Callable[[Sequence[int]], int | None], str]] = {
+    "cdpruner": (_one, "[tokens], one number"),
+    "divprune": (_one, "[tokens], one number"),
+    "pool": (_one, "[tokens], one number"),
+    "random": (_one, "[tokens], one number"),
+    "scope": (_one, "[tokens], one number"),
+    "tome": (_last, "the tokens after each layer, numbers"),
+    "uniform": (_one, "[tokens], one number"),
+    "visionzip": (_both, "[dominant, contextual], two numbers"),
+}
+DECODER_METHODS = ["fastv", "pyramiddrop", "random_decoder", "sparsevlm"]
+
+
+def register_method(name: str, kind: str) -> None:
+    """Lets processors know a method of a user's; that of an encoder has `sparse_budgets` [tokens]."""
+    if kind == "encoder":
+        ENCODER_METHODS[name] = (_one, "[tokens], one number")
+    elif name not in DECODER_METHODS:
+        DECODER_METHODS.append(name)
 
 
 class SparseLlavaProcessor(LlavaProcessor):
     """`LlavaProcessor` for a pruned model.
 
-    Modifications: with an encoder method, `<image>` becomes `sum(sparse_budgets)` or else `sparse_budget` placeholders;
-    with a decoder method, or none, as many as in the dense model.
+    Modifications: with an encoder method, `<image>` becomes as many placeholders as tokens of an image enter the
+    decoder; with a decoder method, or none, as many as in the dense model. With `sparse_options={"clip": ...}`
+    (CDPruner) it also returns `question_ids`, the question in that CLIP model's vocabulary.
 
     Args:
-        sparse_method, sparse_budget, sparse_budgets: the same as in the model's configuration.
+        sparse_method, sparse_budget, sparse_budgets, sparse_options: the same as in the model's configuration.
 
     Raises:
-        ValueError: for an unknown method, a budget that is no positive integer, or a budget without a method.
+        ValueError: for an unknown method, a budget that is no positive number, or a budget without a method.
     """
 
     def __init__(
@@ -35,20 +72,24 @@ class SparseLlavaProcessor(LlavaProcessor):
         image_token: str = "<image>",
         num_additional_image_tokens: int = 0,
         sparse_method: str | None = None,
-        sparse_budget: int | None = None,
-        sparse_budgets: list[int] | None = None,
+        sparse_budget: Any = None,
+        sparse_budgets: Any = None,
+        sparse_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        unknown = [
-            name for name in kwargs if name.startswith("sparse_") and name not in ("sparse_layers", "sparse_options")
-        ]
+        unknown = [name for name in kwargs if name.startswith("sparse_") and name != "sparse_layers"]
         if unknown:
-            raise ValueError(f"{unknown[0]} is no setting; there are: sparse_method, sparse_budget, sparse_budgets.")
+            raise ValueError(
+                f"{unknown[0]} is no setting; there are: sparse_method, sparse_budget, sparse_budgets, sparse_options."
+            )
         self.sparse_method = sparse_method
         # One number is kept and saved: a budget given when it is loaded again must not meet older budgets.
-        tokens = _tokens_per_image(sparse_method, sparse_budget, sparse_budgets)
-        self.sparse_budget = sparse_budget if tokens is None else tokens
+        tokens = _budget(sparse_method, sparse_budget, sparse_budgets, sparse_options)
+        kept = [tokens, None] if sparse_method is not None and JOIN in sparse_method else tokens
+        self.sparse_budget = sparse_budget if tokens is None else kept
         self.sparse_budgets = None
+        clip = _clip(sparse_method, sparse_options)
+        self.sparse_options = None if clip is None else {"clip": clip}
         super().__init__(
             image_processor,
             tokenizer,
@@ -60,42 +101,116 @@ class SparseLlavaProcessor(LlavaProcessor):
             **kwargs,
         )
 
+    def __call__(self, images: Any = None, text: Any = None, question: Any = None, **kwargs: Any) -> Any:
+        """As LLaVA's.
+
+        Args:
+            question: the question of each prompt, for CLIP; by default what stands behind the last image, without the
+                last line's "ASSISTANT:".
+        """
+        outputs = super().__call__(images, text, **kwargs)
+        clip = _clip(self.sparse_method, self.sparse_options)
+        if clip is not None and images is not None:
+            asked = [text] if isinstance(text, str) else list(text)
+            if question is not None:
+                asked = [question] if isinstance(question, str) else list(question)
+            outputs["question_ids"] = question_ids(clip, [_question(one, self.image_token) for one in asked])
+        return outputs
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        tokens = _tokens_per_image(self.sparse_method, self.sparse_budget, self.sparse_budgets)
-        if tokens is None:
-            return super().replace_image_token(image_inputs, image_idx, **kwargs)
-        return self.image_token * tokens
+        dense = super().replace_image_token(image_inputs, image_idx, **kwargs)
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        tokens = self._tokens(height, width)
+        return dense if tokens is None else self.image_token * tokens
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
         data = super()._get_num_multimodal_tokens(image_sizes, **kwargs)
-        tokens = _tokens_per_image(self.sparse_method, self.sparse_budget, self.sparse_budgets)
+        crop = self.image_processor.crop_size
+        tokens = self._tokens(crop["height"], crop["width"])
         if image_sizes is not None and tokens is not None:
             data.num_image_tokens = [tokens] * len(image_sizes)
         return data
 
+    def _tokens(self, height: int, width: int) -> int | None:
+        """Placeholders of an image of so many pixels; None for those of the dense model."""
+        budget = _budget(self.sparse_method, self.sparse_budget, self.sparse_budgets, self.sparse_options)
+        if budget is None:
+            return None
+        assert self.patch_size is not None
+        patches = (height // self.patch_size) * (width // self.patch_size)
+        if isinstance(budget, float):
+            return max(1, int(budget * patches + 0.5))
+        return min(budget, patches) if JOIN in str(self.sparse_method) else budget
 
-def _tokens_per_image(method: str | None, budget: int | None, budgets: list[int] | None) -> int | None:
-    """Placeholders per image, or None for the dense number."""
+
+def question_ids(clip: str, questions: Sequence[str]) -> torch.Tensor:
+    """Questions in the vocabulary of a CLIP model: `(questions, n)` int64, start and end included, -1 for padding."""
+    tokenizer = _clip_tokenizer(clip)
+    rows = [torch.tensor(tokenizer(question, truncation=False)["input_ids"]) for question in questions]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+@lru_cache(maxsize=2)
+def _clip_tokenizer(clip: str) -> Any:
+    return AutoTokenizer.from_pretrained(clip)
+
+
+def _question(text: str, image_token: str) -> str:
+    return text.rpartition(image_token)[2].strip().removesuffix("ASSISTANT:").strip()
+
+
+def _clip(method: str | None, options: dict[str, Any] | None) -> str | None:
+    """The CLIP model that a method's options name."""
+    own = options or {}
+    if method is not None and JOIN in method:
+        own = own.get(method.partition(JOIN)[0], own)
+    return own.get("clip")
+
+
+def _budget(method: str | None, budget: Any, budgets: Any, options: dict[str, Any] | None = None) -> int | float | None:
+    """Tokens of an image that enter the decoder, or the ratio of them; None for the dense number."""
     if method is None:
         if budget is not None or budgets is not None:
             raise ValueError("sparse_budget and sparse_budgets need sparse_method.")
         return None
-    if method not in ENCODER_METHODS + DECODER_METHODS:
-        raise ValueError(
-            f"sparse_method={method!r} is unknown; allowed: {', '.join(ENCODER_METHODS + DECODER_METHODS)}, None."
-        )
-    if method in DECODER_METHODS:
+    encoder = method
+    if isinstance(method, str) and JOIN in method:
+        encoder, _, decoder = method.partition(JOIN)
+        if encoder not in ENCODER_METHODS or decoder not in DECODER_METHODS:
+            raise ValueError(
+                f"sparse_method={method!r} is unknown; one of {', '.join(ENCODER_METHODS)}, then {JOIN!r}, then one of "
+                f"{', '.join(DECODER_METHODS)} is allowed."
+            )
+        own = (options or {}).get(encoder) or {}
+        budgets = _first(budgets, encoder) if own.get("budgets") is None else own["budgets"]
+        budget = _first(budget, encoder, SURPLUS) if own.get("budget") is None else own["budget"]
+    if encoder in DECODER_METHODS:
         return None
+    if encoder not in ENCODER_METHODS:
+        allowed = ", ".join([*ENCODER_METHODS, *DECODER_METHODS])
+        raise ValueError(f"sparse_method={method!r} is unknown; allowed: {allowed}, None.")
     if budgets is not None:
-        names = BUDGETS[method]
+        count, allowed = ENCODER_METHODS[encoder]
         entries = list(budgets) if isinstance(budgets, list | tuple) else []
         counts = [n for n in entries if isinstance(n, int) and not isinstance(n, bool) and n >= 0]
-        if not len(entries) == len(counts) == len(names):
-            numbers = "one number" if len(names) == 1 else "two numbers"
-            raise ValueError(
-                f"sparse_budgets={budgets!r}: [{', '.join(names)}], {numbers} of tokens, is allowed for {method!r}."
-            )
-    tokens = sum(budgets) if budgets is not None else budget
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise ValueError(f"sparse_method={method!r} needs sparse_budget, a positive number of tokens, not {budget!r}.")
-    return tokens
+        budget = count(counts) if len(counts) == len(entries) else None
+        if budget is None:
+            raise ValueError(f"sparse_budgets={budgets!r}: {allowed} of tokens, is allowed for {encoder!r}.")
+    is_ratio = isinstance(budget, float) and 0 < budget <= 1
+    if not is_ratio and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+        raise ValueError(
+            f"sparse_method={method!r} needs sparse_budget, a positive number of tokens or a ratio up to 1.0, not "
+            f"{budget!r}."
+        )
+    return budget
+
+
+def _first(value: Any, name: str, surplus: int | None = None) -> Any:
+    """The encoder method's part of a composition's field; of a single number, so many times as much."""
+    if isinstance(value, dict):
+        return value.get(name)
+    if isinstance(value, list | tuple):
+        return value[0] if value else None
+    if value is None or surplus is None or isinstance(value, bool):
+        return value
+    return min(1.0, value * surplus) if isinstance(value, float) else value * surplus

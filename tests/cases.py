@@ -63,5 +63,27 @@ CASES = [
         lengths=[16, 8, 8, 5, 2, 2],
     ),
     Case("random", "random", {"budget": 5, "options": {"seed": 3}}, lengths=[5] * 6),
+    Case("cdpruner", "cdpruner", {"budget": 5}, lengths=[5] * 6),
+    Case("divprune", "divprune", {"budget": 0.3}, lengths=[5] * 6),
+    Case("fastv", "fastv", {"layers": [1], "budgets": [6]}, lengths=[16, 16, 6, 6, 6, 6]),
+    Case("pool", "pool", {"budget": 6}, lengths=[6] * 6),
+    # Right before layers 2 and 4.
+    Case("pyramiddrop", "pyramiddrop", {"layers": [2, 4], "budgets": [6, 3]}, lengths=[16, 16, 6, 6, 3, 3]),
+    Case("scope", "scope", {"budget": 5, "options": {"alpha": 2.0}}, lengths=[5] * 6),
+    Case("tome", "tome", {"budget": 5}, lengths=[5] * 6),
+    Case("uniform", "uniform", {"budget": 5}, lengths=[5] * 6),
+    Case(
+        "divprune+fastv",
+        "divprune+fastv",
+        {"budgets": [[9], [4]]},
+        lengths=[9, 9, 4, 4, 4, 4],
+    ),
+    Case(
+        "visionzip+sparsevlm",
+        "visionzip+sparsevlm",
+        {"layers": [None, [0, 2, 3]], "budgets": [[9, 3], [8, 5, 2]]},
+        # 8 of 12 kept, 2 recycled into 1; 5 of 9 kept, 2 into 1; 2 of 6 kept, 2 into 1.
+        lengths=[12, 9, 9, 6, 3, 3],
+    ),
     Case("random_decoder", "random_decoder", {"layers": [1, 3], "budgets": [6, 3]}, lengths=[16, 16, 6, 6, 3, 3]),
 ]

@@ -246,7 +246,7 @@ def test_processor_knows_the_methods():
     for name, method in METHODS.items():
         known = {"encoder": processing_sparse_llava.ENCODER_METHODS, "decoder": processing_sparse_llava.DECODER_METHODS}
         assert name in known[method.kind]
-    assert len(METHODS) == len(processing_sparse_llava.ENCODER_METHODS + processing_sparse_llava.DECODER_METHODS)
+    assert len(METHODS) == len([*processing_sparse_llava.ENCODER_METHODS, *processing_sparse_llava.DECODER_METHODS])
 
 
 def test_a_stock_class_stays_dense(tmp_path, caplog):

@@ -30,6 +30,12 @@ def last_logits(model, inputs):
         return model(**inputs).logits[:, -1]
 
 
+def follows_text(model) -> bool:
+    """Whether what is pruned depends on the prompt's text."""
+    method = model.model.sparsifier
+    return method.decoder is not None or method.encoder.looks_at_question
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_left_padded_batch_equals_single_runs(model, processor, attention):
     model.set_attn_implementation(attention)
@@ -98,7 +104,7 @@ def test_both_processors_give_the_same_tokens(model, case, processor, texts):
     short = tiny.inputs(ours, texts)
     assert new_tokens(model, stock).tolist() == new_tokens(model, short).tolist()
     torch.testing.assert_close(last_logits(model, stock), last_logits(model, short), **LOGITS)
-    if case.lengths and model.model.sparsifier.kind == "encoder":
+    if case.lengths and model.model.sparsifier.encoder is not None:
         image_tokens = (short["input_ids"] == 4).sum().item()
         assert image_tokens == sum(t.count("<image>") for t in texts) * case.lengths[0]
 
@@ -131,8 +137,8 @@ def test_beams_equal_single_runs(model, processor):
 
 def test_beam_scores_match_a_forward_pass(model, case, processor):
     """Beam search must reorder masks and positions along with keys: rescore its result without a cache."""
-    if model.model.sparsifier.kind == "decoder":
-        pytest.skip("a decoder method prunes by the prompt: a run over prompt and answer prunes otherwise")
+    if follows_text(model):
+        pytest.skip("the method prunes by the prompt: a run over prompt and answer prunes otherwise")
     batch = tiny.inputs(processor, tiny.QUESTIONS[:2])
     out = generate(model, batch, num_beams=3, return_dict_in_generate=True, output_scores=True, length_penalty=0.0)
     whole = {
@@ -180,8 +186,8 @@ def test_return_dict_in_generate(model, processor):
 
 
 def test_cached_equals_uncached(model, processor):
-    if model.model.sparsifier.kind == "decoder":
-        pytest.skip("without a cache every step prunes anew, and the answer so far rates too")
+    if follows_text(model):
+        pytest.skip("without a cache every step prunes anew, and the answer so far counts too")
     batch = tiny.inputs(processor, tiny.QUESTIONS)
     assert torch.equal(generate(model, batch), generate(model, batch, use_cache=False))
 
@@ -264,11 +270,14 @@ def test_second_turn_with_another_image(model, processor):
         first["attention_mask"], (0, ids.shape[1] - first["attention_mask"].shape[1]), value=1
     )
     arguments = dict(max_new_tokens=3, do_sample=False, eos_token_id=None, attention_mask=mask)
-    if model.model.sparsifier.kind == "decoder":
+    if model.model.sparsifier.decoder is not None:
         with pytest.raises(ValueError, match="cache that is not empty"):
             model.generate(ids, pixel_values=turn["pixel_values"], past_key_values=out.past_key_values, **arguments)
         return
     got = model.generate(ids, pixel_values=turn["pixel_values"], past_key_values=out.past_key_values, **arguments)
+    if follows_text(model):
+        assert got.shape == (2, ids.shape[1] + 3)
+        return
     pixels = torch.stack([x for pair in zip(first["pixel_values"], turn["pixel_values"], strict=True) for x in pair])
     assert torch.equal(got, model.generate(ids, pixel_values=pixels, **arguments))
 
@@ -286,10 +295,12 @@ def test_kv_lengths(model, case, processor):
         if images == 1:
             assert held == [text + visual for visual in case.lengths]
         assert held == [cache.get_seq_length(i) for i in range(len(held))]
-        if model.model.sparsifier.kind == "encoder":
+        method = model.model.sparsifier
+        if method.decoder is None:
             assert held == [text + images * visual for visual in case.lengths]
         else:
-            assert held[0] == batch["input_ids"].shape[1]
+            entering = tiny.PATCHES if method.encoder is None else method.encoder.tokens
+            assert held[0] == text + images * entering
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,7 +11,7 @@ import torch
 import llava_sparse
 from llava_sparse.modeling.methods import METHODS
 from llava_sparse.modeling.random_tokens import RandomTokens, image_fingerprints, random_scores, scramble
-from llava_sparse.modeling.sparsifier import Geometry
+from llava_sparse.modeling.sparsifier import Geometry, Images
 
 IMAGE = 4
 
@@ -28,7 +28,7 @@ def pixels(*seeds: int) -> torch.Tensor:
 def drawn(images: torch.Tensor, budget: int = 5, seed: int = 0, patches: int = 16) -> list[list[int]]:
     method = RandomTokens.resolve(Geometry(patches=patches, encoder_layers=6), budget, None, None, {"seed": seed})
     hidden = torch.zeros(len(images), patches + 1, 2)
-    return method.reduce(hidden, hidden, hidden, images)[1].tolist()
+    return method.reduce(Images(hidden, images)).numbers.tolist()
 
 
 def test_scramble_is_the_hash_that_its_formula_says():

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llava_sparse import SparseLlavaConfig, SparseLlavaProcessor
 from llava_sparse.modeling.methods import METHODS
-from llava_sparse.processing.processing_sparse_llava import _tokens_per_image
+from llava_sparse.processing.processing_sparse_llava import _budget
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.parent for path in (ROOT / "hub_configs").glob("*/config.json"))
@@ -36,7 +36,7 @@ def test_recipe_loads_and_says_what_it_means(folder):
     assert (config.sparse_layers, config.sparse_budgets) == (by_hand.sparse_layers, by_hand.sparse_budgets)
     assert config.text_config.num_hidden_layers == 32 and config.text_config.vocab_size == 32064
     processor = json.loads((folder / "processor_config.json").read_text())
-    tokens = _tokens_per_image(*(processor[f"sparse_{name}"] for name in ("method", "budget", "budgets")))
+    tokens = _budget(*(processor[f"sparse_{name}"] for name in ("method", "budget", "budgets")))
     assert tokens == (int(budget) if METHODS[method].kind == "encoder" else None)
     assert folder.name in (folder / "README.md").read_text()
 

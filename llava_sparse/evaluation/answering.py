@@ -13,7 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
-from llava_sparse.modeling.sparsifier import Selection
+from llava_sparse.modeling.placeholders import question_of
+from llava_sparse.modeling.sparsifier import Images, Selection
+from llava_sparse.modeling.stages import numbers_by_prompt
+from llava_sparse.modeling.token_layout import PromptLayout
+from llava_sparse.processing.processing_sparse_llava import question_ids
 
 from .models import IMAGE_TOKEN, QUESTION, fill_prompt
 
@@ -106,7 +110,7 @@ class Asker:
             owners: the picture of each question.
             batch_size: questions at a time.
         """
-        prompts = [self._ids(question) for question in questions]
+        prompts = [_Prompt(self._ids(question), question) for question in questions]
         shared = self._shares_prefix(prompts)
         answers: list[Answer] = []
         encoded: _Encoded | None = None
@@ -126,7 +130,7 @@ class Asker:
         return answers
 
     def _ids(self, question: str) -> list[int]:
-        """The prompt's token ids, with one image token."""
+        """A prompt's token ids, with one image token."""
         text = fill_prompt(self.prompt, question, self.processor.image_token)
         ids: list[int] = self.processor.tokenizer(text)["input_ids"]
         if ids.count(self.processor.image_token_id) != 1:
@@ -134,16 +138,27 @@ class Asker:
         return ids
 
     @property
-    def _in_decoder(self) -> bool:
-        """Whether visual tokens are pruned in the decoder, for which the questions matter."""
-        return getattr(getattr(self.model.model, "sparsifier", None), "kind", None) == "decoder"
+    def _encoder(self) -> Any:
+        """The method that prunes before the decoder, or None."""
+        return getattr(getattr(self.model.model, "sparsifier", None), "encoder", None)
 
-    def _shares_prefix(self, prompts: list[list[int]]) -> bool:
+    @property
+    def _decoder(self) -> Any:
+        """The method that prunes in the decoder, or None."""
+        return getattr(getattr(self.model.model, "sparsifier", None), "decoder", None)
+
+    @property
+    def _tokens(self) -> int:
+        """Visual tokens of a picture that enter the decoder."""
+        return self._placeholders if self._encoder is None else self._encoder.tokens
+
+    def _shares_prefix(self, prompts: list[_Prompt]) -> bool:
         """Whether all that stands up to the image's end is the same for all questions."""
         window = getattr(self.model.config.text_config, "sliding_window", None)
-        longest = max(map(len, prompts)) + self._placeholders + MAX_NEW_TOKENS
+        longest = max(len(prompt.ids) for prompt in prompts) + self._placeholders + MAX_NEW_TOKENS
         return (
-            not self._in_decoder
+            self._decoder is None
+            and not getattr(self._encoder, "looks_at_question", False)
             and self.prompt.index(IMAGE_TOKEN) < self.prompt.index(QUESTION)
             # Padding between prefix and question would fill a window that is shorter.
             and (window is None or longest <= window)
@@ -151,14 +166,17 @@ class Asker:
 
     def _encode(self, pixels: Tensor, shared: bool) -> _Encoded:
         """Features of the pictures and, if it is shared by the questions, the cache up to their end."""
+        drawn = None if self._decoder is None else self._decoder.fingerprints(pixels)
+        if getattr(self._encoder, "looks_at_question", False):
+            return _Encoded(None, (), fingerprints=drawn, images=self.model.model.encode_images(pixels))
         method = getattr(self.model.model, "sparsifier", None)
         arguments = {} if method is None else {"output_selection": True}
         outputs = self.model.model.get_image_features(pixel_values=pixels, return_dict=True, **arguments)
         features = torch.stack(list(outputs.pooler_output))
         selection = tuple(getattr(outputs, "selection", None) or ())
         if not shared:
-            draw = getattr(method, "fingerprints", None)  # Of a method in the decoder.
-            return _Encoded(features, selection, fingerprints=None if draw is None else draw(pixels))
+            numbers = getattr(outputs, "numbers", None)
+            return _Encoded(features, selection, fingerprints=drawn, numbers=numbers)
         before = self._ids("")
         before = before[: before.index(self.processor.image_token_id)]
         words = self._embed(torch.tensor([before] * len(pixels), dtype=torch.long, device=pixels.device))
@@ -169,8 +187,9 @@ class Asker:
     def _embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)
 
-    def _ask_behind_prefix(self, encoded: _Encoded, owner: Tensor, ids: list[list[int]]) -> list[Answer]:
+    def _ask_behind_prefix(self, encoded: _Encoded, owner: Tensor, prompts: list[_Prompt]) -> list[Answer]:
         """Only what stands behind the image is left to compute."""
+        ids = [prompt.ids for prompt in prompts]
         image_token = self.processor.image_token_id
         suffixes, mask = _left_padded([row[row.index(image_token) + 1 :] for row in ids], owner.device)
         cache = _rows_of(encoded.prefix, owner)
@@ -189,32 +208,61 @@ class Asker:
     def _seen(self, encoded: _Encoded, owner: Tensor) -> tuple[list[np.ndarray], list[float]]:
         """What the decoder is shown: kept patches by stage, and the number of visual tokens of each question."""
         kept = [_kept(stage, self._patches)[owner.cpu().numpy()] for stage in encoded.selection]
-        return kept, [float(encoded.features.shape[1])] * len(owner)
+        return kept, [float(self._tokens)] * len(owner)
 
-    def _ask_whole(self, encoded: _Encoded, owner: Tensor, ids: list[list[int]]) -> list[Answer]:
-        """Whole prompts around features that are there already."""
-        features = encoded.features[owner]
+    def _ask_whole(self, encoded: _Encoded, owner: Tensor, prompts: list[_Prompt]) -> list[Answer]:
+        """Whole prompts around features that are there already, or pictures that are encoded already."""
         token = self.processor.image_token_id
-        rows = [[t for i in row for t in ([i] * features.shape[1] if i == token else [i])] for row in ids]
+        if encoded.images is not None:
+            encoded = self._choose(encoded, owner, prompts)
+            owner = torch.arange(len(prompts), device=owner.device)
+        assert encoded.features is not None
+        features = encoded.features[owner]
+        rows = [[t for i in prompt.ids for t in ([i] * features.shape[1] if i == token else [i])] for prompt in prompts]
         padded, mask = _left_padded(rows, owner.device)
         visual = padded == token
         embeds = self._embed(padded)
         embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.device, embeds.dtype))
-        fingerprints = None if encoded.fingerprints is None else encoded.fingerprints[owner]
-        pruning = {"visual_mask": visual, "fingerprints": fingerprints, "output_selection": True}
+        pruning: dict[str, Any] = {}
+        if self._decoder is not None:
+            drawn, patches = encoded.fingerprints, self._patches
+            numbers = None
+            if encoded.numbers is not None:
+                own = encoded.numbers[owner]
+                numbers = numbers_by_prompt(own, [1] * len(own), patches, self._encoder.new_tokens)
+            pruning = {"visual_mask": visual, "numbers": numbers, "output_selection": True}
+            pruning["fingerprints"] = None if drawn is None else drawn[owner]
         outputs = self.model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=True,
             logits_to_keep=1,
-            **(pruning if self._in_decoder else {}),
+            **pruning,
         )
-        if not self._in_decoder:
-            return self._finish(outputs, mask, *self._seen(encoded, owner))
+        kept, tokens = self._seen(encoded, owner)
+        if self._decoder is None:
+            return self._finish(outputs, mask, kept, tokens)
         # Where CLS is among the visual tokens, it is the first.
-        kept = [_kept(stage, self._placeholders)[:, -self._patches :] for stage in outputs.selection]
-        return self._finish(outputs, mask, kept, self._visual_tokens(outputs.selection, len(ids)))
+        width = self._patches if self._encoder is not None else self._placeholders
+        kept += [_kept(stage, width)[:, -self._patches :] for stage in outputs.selection]
+        return self._finish(outputs, mask, kept, self._visual_tokens(outputs.selection, len(prompts)))
+
+    def _choose(self, encoded: _Encoded, owner: Tensor, prompts: list[_Prompt]) -> _Encoded:
+        """What a method that looks at the question takes of each question's picture, a row for each question."""
+        assert encoded.images is not None
+        ids, mask = _left_padded([prompt.ids for prompt in prompts], owner.device)
+        layout = PromptLayout.of(ids == self.processor.image_token_id, mask)
+        asked = question_of(self._embed(ids), layout, [1] * len(prompts), self._clip_ids(prompts))
+        reduced = self.model.model.reduce_images(encoded.images.rows(owner), asked)
+        drawn = None if encoded.fingerprints is None else encoded.fingerprints[owner]
+        layer = self._encoder.feature_layer % self.model.config.vision_config.num_hidden_layers
+        return _Encoded(reduced.features, (reduced.selection(layer),), fingerprints=drawn, numbers=reduced.numbers)
+
+    def _clip_ids(self, prompts: list[_Prompt]) -> Tensor | None:
+        """The questions in the vocabulary of the CLIP model that the method names, if it does."""
+        clip = getattr(self._encoder, "clip", None)
+        return None if clip is None else question_ids(clip, [prompt.question for prompt in prompts])
 
     def _finish(
         self, outputs: Any, mask: Tensor, kept: list[np.ndarray], tokens: Sequence[float | None]
@@ -266,16 +314,17 @@ class Asker:
         whole = [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in said.tolist()]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(whole, skip_special_tokens=True)]
 
-    def _ask_one_by_one(self, pixels: Tensor, ids: list[list[int]]) -> list[Answer]:
+    def _ask_one_by_one(self, pixels: Tensor, prompts: list[_Prompt]) -> list[Answer]:
         """The questions of a batch through the model's own `generate`, with a picture each."""
         token, count = self.processor.image_token_id, self._placeholders
-        rows = [[t for i in row for t in ([i] * count if i == token else [i])] for row in ids]
+        rows = [[t for i in prompt.ids for t in ([i] * count if i == token else [i])] for prompt in prompts]
         padded, mask = _left_padded(rows, pixels.device)
         inputs = {"input_ids": padded, "attention_mask": mask, "pixel_values": pixels}
-        method = getattr(self.model.model, "sparsifier", None)
-        tokens = count if method is None else getattr(method, "tokens", None)
+        if (clip_ids := self._clip_ids(prompts)) is not None:
+            inputs["question_ids"] = clip_ids
+        tokens = self._tokens if self._decoder is None else None
         if self.mode == "logits":
-            return self._finish(self.model(**inputs, logits_to_keep=1), mask, [], [tokens] * len(ids))
+            return self._finish(self.model(**inputs, logits_to_keep=1), mask, [], [tokens] * len(prompts))
         said = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_NEW_TOKENS)
         return [Answer(text, None, [], tokens) for text in self._texts(said[:, padded.shape[1] :])]
 
@@ -291,7 +340,7 @@ class Asker:
     def _visual_tokens(self, selection: Sequence[Selection], rows: int) -> list[float]:
         """Of a decoder method: visual tokens after each layer, averaged over the layers."""
         layers = self.model.config.text_config.num_hidden_layers
-        counts = torch.full((layers, rows), float(self._placeholders))
+        counts = torch.full((layers, rows), float(self._tokens))
         for stage in selection:
             counts[stage.layer :] = _tokens_left(stage).float().cpu()
         return counts.mean(0).tolist()
@@ -318,6 +367,14 @@ class Asker:
 
 
 @dataclass(frozen=True)
+class _Prompt:
+    """A prompt's token ids, with one image token, and its question."""
+
+    ids: list[int]
+    question: str
+
+
+@dataclass(frozen=True)
 class _Encoded:
     """Pictures, encoded.
 
@@ -325,13 +382,17 @@ class _Encoded:
         features: `(pictures, tokens, channels)`; selection: an encoder method's stages.
         prefix: the cache of the prompt up to the image's end, or None; prefix_length: its tokens.
         fingerprints: `(pictures,)`, what a method draws from the pictures, or None.
+        numbers: `(pictures, tokens)`, what an encoder method's tokens are, or None.
+        images: for a method that looks at the question, in place of features.
     """
 
-    features: Tensor
+    features: Tensor | None
     selection: tuple[Selection, ...]
     prefix: Cache | None = None
     prefix_length: int = 0
     fingerprints: Tensor | None = None
+    numbers: Tensor | None = None
+    images: Images | None = None
 
 
 def _ones(like: Tensor) -> Tensor:

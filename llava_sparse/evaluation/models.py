@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 import llava_sparse
-from llava_sparse.modeling.sparsifier import nearest
+from llava_sparse.modeling.checks import nearest
 from llava_sparse.reference import CHECKPOINT
 
 from .data_checks import IMAGE_TOKEN

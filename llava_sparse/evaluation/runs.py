@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llava_sparse.modeling.checks import nearest
 from llava_sparse.modeling.methods import METHODS
-from llava_sparse.modeling.sparsifier import nearest
 
 DENSE = "dense"
 # `a,b:x=[1,2]` is two methods: commas within brackets separate nothing.
