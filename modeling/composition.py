@@ -21,8 +21,9 @@ class Composition(Sparsifier):
 
     Settings for each: `sparse_budget`, `sparse_layers` and `sparse_budgets` are lists of two, the encoder method's
     first (None where it takes its own), or dicts by name; `sparse_options` is a dict by name, in which "budget",
-    "layers" and "budgets" may stand too. A single `sparse_budget` b is the decoder method's, and the encoder method hands over 2 b,
-    at most all. The decoder method's budgets are of the tokens that it is handed, a ratio is one of them.
+    "layers" and "budgets" may stand too. A single `sparse_budget` b is the decoder method's, and the encoder method
+    hands over 2 b, at most all. The decoder method's budgets are of the tokens that it is handed, a ratio is one of
+    them.
 
     Attributes:
         first, second: the two methods; `layers` and `budgets` are theirs.

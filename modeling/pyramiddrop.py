@@ -43,7 +43,8 @@ class PyramidDrop(DecoderSparsifier):
     layers are the paper's from about 240 tokens on, below that they begin earlier: see `pyramid`. Budgets below 64
     shrink those of 64 in proportion; a decoder of fewer layers scales the layers and keeps the tokens. With
     `sparse_layers` by hand, give `sparse_budgets` too. Options: `positions`: "compact" (default, as published:
-    renumbered after every stage) or "original"; `trim_cache`. Complexity: queries of one token and keys of all, projected once more per stage.
+    renumbered after every stage) or "original"; `trim_cache`.
+    Complexity: queries of one token and keys of all, projected once more per stage.
 
     Departs from the published code: padding and eager attention work; rows stay on the left-padded side; several images
     compete for the sum of their budgets.
