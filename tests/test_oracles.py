@@ -1,24 +1,42 @@
 """Agreement with numbers computed by the authors' own code (`tests/oracles/README.md` describes the files).
 
 Cases are discovered below `tests/oracles` or the folder that `LLAVA_SPARSE_ORACLES` names. They run through the
-classes that users load.
+classes that users load, or, where a file holds a part of a method alone, through that part.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass, fields
-from pathlib import Path
+import math
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
-from safetensors import safe_open
+from oracle_files import (
+    LARGEST,
+    OWN,
+    ROOT,
+    Case,
+    Run,
+    assert_close,
+    cases,
+    clip_model,
+    metadata,
+    near,
+    settings,
+    timm_tower,
+    tiny_vision,
+)
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, LlamaConfig
+from torch.nn.functional import layer_norm, linear, normalize
+from transformers import LlamaConfig
 
 from llava_sparse import SparseCLIPVisionConfig, SparseCLIPVisionModel, SparseLlavaConfig
 from llava_sparse import SparseLlavaForConditionalGeneration as SparseLlava
+from llava_sparse.modeling.cdpruner import CDPruner, conditional_dpp, normalised
+from llava_sparse.modeling.clip_text import clip_embeddings, clip_relevance, question_parts
+from llava_sparse.modeling.divprune import DivPrune, max_min_tokens
+from llava_sparse.modeling.scope import Scope, coverage_tokens
 from llava_sparse.modeling.sparsevlm import (
     SparseVLM,
     attention_rank,
@@ -27,33 +45,20 @@ from llava_sparse.modeling.sparsevlm import (
     gravity,
     text_raters,
 )
-from llava_sparse.modeling.sparsifier import RaterAttention
+from llava_sparse.modeling.sparsifier import Images, Question, RaterAttention
+from llava_sparse.modeling.tensors import cosines
+from llava_sparse.modeling.tome import bipartite_matching, merge, merging_layer
 
-ROOT = Path(os.environ.get("LLAVA_SPARSE_ORACLES") or Path(__file__).parent / "oracles")
-SCORED = ("visionzip", "sparsevlm")
-FLOAT_TOLERANCE = 1e-4  # of the largest magnitude of the tensor
-
-
-def cases(folder: str, pattern: str) -> list:
-    found = sorted(ROOT.rglob(pattern))
-    return [pytest.param(path, id=path.stem) for path in found if path.parent.name == folder]
-
-
-def metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return file.metadata()
-
-
-def near(path: Path, name: str) -> Path:
-    """A file that a case names, with or without its ending; cases may lie apart from what they share."""
-    stem = name.removesuffix(".safetensors")
-    for folder in (path.parent, Path(__file__).parent / "oracles" / path.parent.name):
-        if (folder / f"{stem}.safetensors").exists():
-            return folder / f"{stem}.safetensors"
-    raise FileNotFoundError(f"{path.name} names {name}, which is not beside it")
-
-
-LARGEST: dict[str, float] = {}
+SCORED = {
+    "visionzip": ["case_*.safetensors"],
+    "sparsevlm": ["case_*.safetensors", "rank_*.safetensors"],
+    "fastv": ["case_*.safetensors"],
+    "pyramiddrop": ["case_*.safetensors"],
+    "tome": ["match_*.safetensors", "vit_case_*.safetensors"],
+    "divprune": ["select_*.safetensors", "e2e_*.safetensors"],
+    "scope": ["select_*.safetensors"],
+    "cdpruner": ["select_*.safetensors", "tower_*.safetensors"],
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,17 +69,10 @@ def report():
         print(f"\n{error:.1e} of the largest magnitude: {kind}", end="")
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} != {tuple(expected.shape)}"
-    largest = expected.abs().max().clamp(min=1e-12)
-    error = ((actual.double() - expected.double()).abs().max() / largest).item()
-    kind = what.split(".")[-1].split(" after")[0].split(",")[0]
-    LARGEST[kind] = max(LARGEST.get(kind, 0.0), error)
-    assert error <= FLOAT_TOLERANCE, f"{what}: off by {error:.2e} of the largest magnitude"
-
-
 def test_there_are_cases():
-    assert cases("visionzip", "case_*.safetensors") + cases("sparsevlm", "case_*.safetensors")
+    """Of every kind in the repository's own folder; another one may hold some of the methods alone."""
+    found = [bool(cases(folder, pattern)) for folder, patterns in SCORED.items() for pattern in patterns]
+    assert all(found) if ROOT == OWN else any(found)
 
 
 def _unscored_folders() -> list[str]:
@@ -139,86 +137,29 @@ class NoisySparseVLM(SparseVLM):
         return drawn.to(x.dtype).expand(x.shape[0], -1)
 
 
-@dataclass
-class Case:
-    want: dict
-    info: dict
-    given: dict
-    pre: int
-    visual: int
-    text: int
-    version: str
-
-    @classmethod
-    def read(cls, path: Path) -> Case:
-        info = metadata(path)
-        version = path.stem.split("_")[1].replace("v", "")
-        return cls(
-            want=load_file(path),
-            info=info,
-            given=load_file(near(path, info["input"])),
-            pre=int(info["pre_prompt_length"]),
-            visual=int(info["image_tokens"]),
-            text=int(info["text_tokens"]),
-            version=f"{version[0]}.{version[1]}",
-        )
-
-    @property
-    def stages(self) -> list[int]:
-        return sorted({int(key[1:].split(".")[0]) for key in self.want if key[0] == "L" and "." in key})
-
-    def mask(self) -> torch.Tensor:
-        mask = torch.zeros(1, self.pre + self.visual + self.text, dtype=torch.bool)
-        mask[:, self.pre : self.pre + self.visual] = True
-        return mask
+def version(case: Case) -> str:
+    major, minor = case.path.stem.split("_")[1].removeprefix("v")
+    return f"{major}.{minor}"
 
 
-def build(path: Path, case: Case, attention: str = "sdpa") -> SparseLlava:
-    weights = near(path, case.info["weights"])
-    text = json.loads((weights.parent / "llama_config.json").read_text())
-    text["rope_theta"] = float(case.info["rope_theta"])
-    text.pop("model_type")
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14
-    )
-    sparse: dict = {"sparse_layers": [layer for layer in (2, 6, 15, 19) if layer < text["num_hidden_layers"]]}
-    if case.version == "1.0":
+def pruning_layers(case: Case) -> list[int]:
+    return sorted({int(key[1:].split(".")[0]) for key in case.want if key[0] == "L" and "." in key})
+
+
+def sparsevlm_model(case: Case, attention: str = "sdpa") -> SparseLlava:
+    depth = case.text_config().num_hidden_layers
+    sparse: dict = {"sparse_layers": [layer for layer in (2, 6, 15, 19) if layer < depth]}
+    if version(case) == "1.0":
         scale, bias = float(case.info["scale"]), float(case.info["bias"])
         sparse["sparse_options"] = {"version": "1.0", "scale": scale, "bias": bias}
     else:
-        sparse |= {"sparse_budget": int(case.info["RETAIN_TOKN"]), "sparse_options": {"version": case.version}}
-    config = SparseLlavaConfig(
-        text_config=LlamaConfig(**text),
-        vision_config=vision,
-        image_token_index=127,
-        sparse_method="sparsevlm",
-        **sparse,
-    )
-    model = SparseLlava._from_config(config, attn_implementation=attention)
-    loaded = load_file(weights)
-    model.model.language_model.load_state_dict(
-        {k.removeprefix("model."): v for k, v in loaded.items() if k.startswith("model.")}
-    )
-    model.lm_head.load_state_dict({"weight": loaded["lm_head.weight"]})
-    noise = {layer: case.want[f"L{layer}.noise"] for layer in case.stages if f"L{layer}.noise" in case.want}
+        sparse |= {"sparse_budget": int(case.info["RETAIN_TOKN"]), "sparse_options": {"version": version(case)}}
+    model = case.model(attention, sparse_method="sparsevlm", **sparse)
+    noise = {layer: case.want[f"L{layer}.noise"] for layer in pruning_layers(case) if f"L{layer}.noise" in case.want}
     if any(draw.any() for draw in noise.values()):
         plain = {f.name: getattr(model.model.sparsifier, f.name) for f in fields(SparseVLM)}
         model.model.sparsifier = NoisySparseVLM(**plain, noise=noise)
-    return model.eval()
-
-
-def layer_inputs(model: SparseLlava) -> tuple[list[torch.Tensor], list]:
-    """Hooks that collect what enters every decoder layer."""
-    entered: list[torch.Tensor] = []
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
-        for layer in model.model.language_model.layers
-    ]
-    return entered, handles
-
-
-def cache_lengths(cache) -> list[int]:
-    return [layer.keys.shape[-2] for layer in cache.layers]
+    return model
 
 
 @pytest.mark.parametrize("path", cases("sparsevlm", "case_*.safetensors"))
@@ -227,39 +168,10 @@ def cache_lengths(cache) -> list[int]:
 @torch.no_grad()
 def test_sparsevlm(path, attention, batch):
     case = Case.read(path)
-    want = case.want
-    model = build(path, case, attention)
-    entered, handles = layer_inputs(model)
-    embeds, mask = case.given["inputs_embeds"].expand(batch, -1, -1), case.mask().expand(batch, -1)
-    got = model(
-        inputs_embeds=embeds, visual_mask=mask, use_cache=True, output_hidden_states=True, output_selection=True
-    )
-    for handle in handles:
-        handle.remove()
-    cache = got.past_key_values
-    entered.append(got.hidden_states[-1])
-
-    assert [x.shape[1] for x in entered[:-1]] == want["layer_in_len"].tolist()
-    assert cache_lengths(cache) == want["kv_len_prefill"].tolist()
-    row = batch - 1
-    check_stages(case, got.selection, entered, row)
-    last = len(entered) - 2
-    for layer in range(last):
-        assert_close(entered[layer + 1][row, -1], want["last_token_hidden"][layer], f"last token after layer {layer}")
-        assert_close(entered[layer + 1][row].mean(0), want["mean_hidden"][layer], f"mean after layer {layer}")
-    assert_close(entered[-1][row], want["final_hidden"], "final_hidden")
-    assert_close(got.logits[row, -1], want["logits_last"], "logits_last")
-
-    for step, token in enumerate(case.given["decode_embeds"]):
-        out = model(
-            inputs_embeds=token.expand(batch, 1, -1), past_key_values=cache, use_cache=True, output_hidden_states=True
-        )
-        assert_close(out.hidden_states[-1][row, 0], want["decode_hidden"][step], f"decode_hidden {step}")
-        for layer in range(last):
-            hidden = out.hidden_states[layer + 1][row, 0]
-            assert_close(hidden, want["decode_layer_hidden"][step, layer], f"decode step {step}, layer {layer}")
-        assert_close(out.logits[row, 0], want["decode_logits"][step], f"decode_logits {step}")
-        assert cache_lengths(cache) == want["kv_len_decode"][step].tolist()
+    run = Run.prefill(case, sparsevlm_model(case, attention), batch)
+    check_stages(case, run.out.selection, run.entered, run.row)
+    run.check_prefill()
+    run.check_decoding()
 
 
 def check_stages(case: Case, selection, entered: list[torch.Tensor], row: int) -> None:
@@ -267,7 +179,7 @@ def check_stages(case: Case, selection, entered: list[torch.Tensor], row: int) -
     want = case.want
     numbers = torch.arange(case.visual)
     following = case.visual
-    assert [stage.layer for stage in selection] == case.stages
+    assert [stage.layer for stage in selection] == pruning_layers(case)
     for stage in selection:
         prefix = f"L{stage.layer}."
         kept = stage.kept[row]
@@ -298,7 +210,7 @@ def check_stages(case: Case, selection, entered: list[torch.Tensor], row: int) -
 @pytest.mark.parametrize("path", cases("sparsevlm", "case_*.safetensors"))
 def test_sparsevlm_generate(path):
     case = Case.read(path)
-    model = build(path, case)
+    model = sparsevlm_model(case)
     tokens = model.generate(
         inputs_embeds=case.given["inputs_embeds"],
         visual_mask=case.mask(),
@@ -319,7 +231,7 @@ def test_sparsevlm_parts(path):
     )
     assert torch.equal(raters[0].nonzero().flatten(), want["raters"])
     assert_close(relevance[0], want["rater_mean_prob"], "rater_mean_prob")
-    for layer in case.stages:
+    for layer in pruning_layers(case):
         prefix = f"L{layer}."
         if prefix + "centers" not in want or not len(want[prefix + "merge_input"]):
             continue
@@ -340,14 +252,14 @@ def test_sparsevlm_parts(path):
 @torch.no_grad()
 def test_sparsevlm_gravity_and_heads(path, monkeypatch):
     case = Case.read(path)
-    model = build(path, case)
+    model = sparsevlm_model(case)
     seen: list[RaterAttention] = []
     scores = SparseVLM.scores
     monkeypatch.setattr(
         SparseVLM, "scores", lambda self, attention: (seen.append(attention), scores(self, attention))[1]
     )
     model(inputs_embeds=case.given["inputs_embeds"], visual_mask=case.mask())
-    for layer, attention in zip(case.stages, seen, strict=True):
+    for layer, attention in zip(pruning_layers(case), seen, strict=True):
         raters = case.want["raters"]
         assert_close(gravity(attention)[0][raters], case.want[f"L{layer}.gravity"], f"L{layer}.gravity")
         heads = corrected_heads(attention)[1][0]
@@ -381,3 +293,332 @@ def test_sparsevlm_rank(path):
         kept = torch.zeros_like(mask)
         kept[0, scores[0].argsort(descending=True, stable=True)[:count]] = True
         assert torch.equal(kept, mask)
+
+
+# --- FastV -------------------------------------------------------------------------------------------------------
+
+
+def check_stage(case: Case, stage, numbers: torch.Tensor, prefix: str, row: int) -> torch.Tensor:
+    """Compares scores and choice of a stage that just drops; returns what is kept of the visual tokens `numbers`."""
+    kept = numbers[case.want[prefix + "kept"]]
+    assert_close(stage.scores[row], case.want[prefix + "scores"], prefix + "scores")
+    assert torch.equal(stage.kept[row], kept), prefix + "kept"
+    return kept
+
+
+@pytest.mark.parametrize("path", cases("fastv", "case_*.safetensors"))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_fastv(path, attention, batch):
+    case = Case.read(path)
+    first, kept = int(case.info["K"]), int(case.info["kept_tokens"])
+    model = case.model(attention, sparse_method="fastv", sparse_layers=[first - 1], sparse_budgets=[kept])
+    run = Run.prefill(case, model, batch)
+    (stage,) = run.out.selection
+    assert stage.layer == first - 1
+    check_stage(case, stage, torch.arange(case.visual), "", run.row)
+    assert_close(run.entered[first][run.row], case.want["hidden_after_drop"], "hidden_after_drop")
+    # Positions are those before the drop, which are columns of the input.
+    assert torch.equal(run.out.columns[run.row], case.want["position_ids_after"])
+    run.check_prefill()
+    # Masking in place of dropping, as the authors also have it, comes to the same.
+    assert_close(run.out.logits[run.row, -1], case.want["mask_variant_logits_last"], "mask_variant_logits_last")
+    run.check_decoding()
+
+
+# --- PyramidDrop -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", cases("pyramiddrop", "case_*.safetensors"))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_pyramiddrop(path, attention, batch):
+    case = Case.read(path)
+    layers = json.loads(case.info["layer_list"])
+    budgets = [int(case.visual * ratio) for ratio in json.loads(case.info["image_token_ratio_list"])]
+    model = case.model(attention, sparse_method="pyramiddrop", sparse_layers=layers, sparse_budgets=budgets)
+    run = Run.prefill(case, model, batch)
+    # The record counts the layer whose output was reduced, the authors the one that comes next.
+    assert [stage.layer + 1 for stage in run.out.selection] == layers
+    kept = torch.arange(case.visual)
+    for index, (stage, layer) in enumerate(zip(run.out.selection, layers, strict=True)):
+        kept = check_stage(case, stage, kept, f"S{index}.", run.row)
+        entered = run.entered[layer][run.row]
+        assert_close(entered, case.want[f"S{index}.hidden_after_drop"], f"S{index}.hidden_after_drop")
+    run.check_prefill()
+    run.check_decoding()
+
+
+# --- ToMe --------------------------------------------------------------------------------------------------------
+
+
+def expected_places(want: dict, prefix: str, length: int, distilled: bool) -> torch.Tensor:
+    """The token of the output that each of `length` tokens goes into: unmerged even ones, then the odd ones."""
+    unmerged, source, target = (want[prefix + name] for name in ("unm", "src", "dst"))
+    odd = torch.arange(length // 2).expand(len(unmerged), -1)
+    left = torch.arange(unmerged.shape[1]).expand_as(unmerged)
+    behind = unmerged.shape[1] + odd
+    if distilled:  # The first of the odd ones, the distillation token, comes second.
+        left = left + (left > 0)
+        behind = torch.where(odd == 0, 1, behind)
+    places = torch.full((len(unmerged), length), -1)
+    places = places.scatter(1, 2 * odd + 1, behind).scatter(1, unmerged, left)
+    return places.scatter(1, source, places.gather(1, target))
+
+
+@pytest.mark.parametrize("path", cases("tome", "match_*.safetensors"))
+def test_tome_matching(path):
+    info, want = metadata(path), load_file(path)
+    distilled = info["distill_token"] == "True"
+    protected = (info["class_token"] == "True") + distilled
+    x = want["x"]
+    size = torch.ones(x.shape[:2])
+    for step, r in enumerate(json.loads(info["r"])):
+        prefix, length = f"s{step}.", x.shape[1]
+        removed = min(r, (length - protected) // 2)
+        assert want[prefix + "effective_r"].item() == removed
+        places, count = bipartite_matching(want[prefix + "metric"], removed, protected)
+        assert count == length - removed
+        assert torch.equal(places, expected_places(want, prefix, length, distilled)), prefix + "places"
+        x, size = merge(x, size, places, count)
+        assert_close(x, want[prefix + "x"], prefix + "x")
+        assert torch.equal(size, want[prefix + "size"]), prefix + "size"
+        if step == 0 and not distilled:  # The authors' own way back mistakes the order of a distillation token.
+            back = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+            assert_close(back, want["s0.unmerged"], "s0.unmerged")
+
+
+@pytest.mark.parametrize("path", cases("tome", "vit_case_*.safetensors"))
+@torch.no_grad()
+def test_tome_layers(path):
+    """Layer by layer, CLS included."""
+    info, want = metadata(path), load_file(path)
+    weights = load_file(near(path, info["weights"]))
+    model = timm_tower(near(path, info["weights"]))
+    x, size, source = want["embeddings"], None, torch.arange(want["source"].shape[1]).expand_as(want["source"])
+    for index, (r, after) in enumerate(zip(want["r_list"].tolist(), want["tokens_after"].tolist(), strict=True)):
+        prefix, length = f"L{index}.", x.shape[1]
+        removed = max(0, min(r, (length - 1) // 2))
+        layer = model.encoder.layers[index]
+        x, size, places = merging_layer(layer, x, size, removed, 1, info["prop_attn"] == "True")
+        assert x.shape[1] == after
+        assert_close(x, want[prefix + "out"], prefix + "out")
+        assert (places is None) == (prefix + "src" not in want)
+        if places is not None:
+            assert torch.equal(places, expected_places(want, prefix, length, False)), prefix + "places"
+            source = places.gather(1, source)
+        assert (size is None) == (prefix + "size" not in want)
+        assert size is None or torch.equal(size, want[prefix + "size"]), prefix + "size"
+    assert torch.equal(source, want["source"])
+    eps = float(metadata(near(path, info["weights"]))["layer_norm_eps"])
+    x = layer_norm(x, x.shape[-1:], weights["norm.weight"], weights["norm.bias"], eps)
+    assert_close(x, want["final_norm"], "final_norm")
+    assert_close(linear(x[:, 0], weights["head.weight"], weights["head.bias"]), want["logits"], "logits")
+
+
+@pytest.mark.parametrize("path", cases("tome", "vit_case_*.safetensors"))
+@torch.no_grad()
+def test_tome_tower(path):
+    """From pixels to what a projector is given, and the record of it."""
+    info, want = metadata(path), load_file(path)
+    after = want["tokens_after"].tolist()
+    model = timm_tower(
+        near(path, info["weights"]),
+        sparse_method="tome",
+        sparse_layers=list(range(len(after))),
+        sparse_budgets=[tokens - 1 for tokens in after],
+        sparse_options={"proportional": info["prop_attn"] == "True"},
+    )
+    entered: list[torch.Tensor] = []
+    for layer in model.encoder.layers:
+        layer.layer_norm1.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    pixels = (load_file(near(path, info["input"]))["pixel_u8"].float() - 127.5) / 64
+    got = model(pixels, output_selection=True)
+    (stage,) = got.selection
+
+    assert len(entered) == len(after)
+    assert_close(entered[0], want["embeddings"], "embeddings")
+    for index, x in enumerate(entered[1:]):
+        assert_close(x, want[f"L{index}.out"], f"L{index}.out")
+    last = f"L{len(after) - 1}."
+    assert_close(got.last_hidden_state, want[last + "out"][:, 1:], last + "out")
+    source = want["source"][:, 1:] - 1
+    own = torch.arange(source.shape[1])
+    assert torch.equal(got.numbers.gather(1, source), torch.where(stage.merge_map < 0, own, stage.merge_map))
+    size = want.get(last + "size", torch.ones(want[last + "out"].shape[:2]))[:, 1:]
+    assert torch.equal(stage.scores, 1 / size.gather(1, source))
+    assert torch.equal((stage.merge_map < 0).sum(1), (size == 1).sum(1))
+
+
+# --- DivPrune ----------------------------------------------------------------------------------------------------
+
+
+def images(features: torch.Tensor, **known: torch.Tensor) -> Images:
+    """Features `(images, patches, channels)` as a tower's output, with a CLS."""
+    hidden = torch.nn.functional.pad(features, (0, 0, 1, 0))
+    return Images(hidden, features.new_zeros(len(features), 3, 1, 1), **known)
+
+
+def assert_kept(reduced, features: torch.Tensor, kept: torch.Tensor, what: str) -> None:
+    """The features of the images, unchanged, and which they are."""
+    assert torch.equal(reduced.numbers, kept), what
+    assert torch.equal(reduced.features, features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))), what
+
+
+@pytest.mark.parametrize("path", cases("divprune", "select_*.safetensors"))
+def test_divprune_selection(path):
+    want = load_file(path)
+    features = want["features"][None]
+    similarity = cosines(features)
+    assert similarity.dtype == features.dtype
+    nearest = (1 - similarity[0]).fill_diagonal_(torch.inf).amin(0)
+    assert_close(nearest, want["first_scores"], "first_scores")
+    for prefix in settings(want, "selected"):
+        selected, kept = want[prefix + "selected"], want[prefix + "kept"]
+        order, distance = max_min_tokens(similarity, len(selected))
+        assert torch.equal(order[0], selected), prefix + "selected"
+        assert_close(distance[0], want[prefix + "step_distance"], prefix + "step_distance")
+        reduced = DivPrune((-2,), (len(kept),)).reduce(images(features, projected=features))
+        assert_kept(reduced, features, kept[None], prefix + "kept")
+
+
+@pytest.mark.parametrize("path", cases("divprune", "e2e_*.safetensors"))
+@torch.no_grad()
+def test_divprune_model(path):
+    """What the language model of a LLaVA is given, by ratio, where the tower sees these features."""
+    info, want = metadata(path), load_file(path)
+    patches, width = want["features"].shape
+    words = len(want["embed_tokens"])
+    text = LlamaConfig(
+        vocab_size=words + 1,
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=8,
+    )
+    config = SparseLlavaConfig(
+        text_config=text,
+        vision_config=tiny_vision(width, math.isqrt(patches)),
+        image_token_index=words,
+        sparse_method="divprune",
+        sparse_budget=float(info["ratio"]),
+    )
+    model = SparseLlava._from_config(config).eval()
+    model.get_input_embeddings().weight[:words] = want["embed_tokens"]
+    tower = images(want["features"][None]).hidden
+    model.model.vision_tower.encoder.layers[-2].register_forward_hook(lambda *_: tower)
+    model.model.multi_modal_projector = torch.nn.Identity()
+    given: dict = {}
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
+    )
+    repeats = torch.where(want["input_ids"] < 0, patches, 1)
+    ids = want["input_ids"].repeat_interleave(repeats)[None]
+    ids = torch.where(ids < 0, words, ids)
+    pixels = torch.zeros(1, 3, config.vision_config.image_size, config.vision_config.image_size)
+    got = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, output_selection=True)
+
+    assert torch.equal(got.selection[0].kept[0], want["kept"])
+    assert torch.equal(given["inputs_embeds"][0], want["inputs_embeds"])
+    # An ordinary prompt: nothing is masked, and positions are contiguous.
+    mask, positions = given["attention_mask"], given["position_ids"]
+    assert want["attention_mask"].all() and (mask is None or mask.all())
+    assert positions is None or torch.equal(positions[0], torch.arange(len(want["inputs_embeds"])))
+
+
+# --- SCOPE -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", cases("scope", "select_*.safetensors"))
+def test_scope_selection(path):
+    info, want = metadata(path), load_file(path)
+    alpha, combined, margins = float(info["alpha"]), info["combined"], json.loads(info["margins"])
+    features = want["features"]
+    saliency = want.get("cls_attention_sum", torch.ones(features.shape[:2]))
+    tower = images(features, cls_attention=saliency[:, None])
+    for prefix in settings(want, "selected"):
+        selected, kept = want[prefix + "selected"], want[prefix + "kept"]
+        count = selected.shape[1]
+        order, gains = coverage_tokens(cosines(features), saliency, count, alpha, combined)
+        assert_close(gains, want[prefix + "gains"], prefix + "gains")
+        if margins[str(count)] < 1e-5:  # Without saliency, rounding decides between tokens that cover each other.
+            continue
+        assert torch.equal(order, selected), prefix + "selected"
+        reduced = Scope((-2,), (count,), alpha=alpha, combined=combined).reduce(tower)
+        assert_kept(reduced, features, kept, prefix + "kept")
+        assert torch.equal(reduced.scores, saliency)
+
+
+# --- CDPruner ----------------------------------------------------------------------------------------------------
+
+
+def negated(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Mean over texts `(M, E)` of -cos to `(images, N, E)`."""
+    return -(normalize(image, dim=-1) @ normalize(text, dim=-1).T).mean(-1)
+
+
+@pytest.mark.parametrize("path", cases("cdpruner", "select_*.safetensors"))
+def test_cdpruner_selection(path):
+    want = load_file(path)
+    q = want["relevance"]
+    kernel = q[:, :, None] * cosines(want["features"]) * q[:, None]
+    for prefix in settings(want, "order"):
+        order, gains = conditional_dpp(kernel, want[prefix + "order"].shape[1])
+        assert torch.equal(order, want[prefix + "order"]), prefix + "order"
+        assert torch.equal(order.sort(dim=1).values, want[prefix + "kept"]), prefix + "kept"
+        assert_close(gains, want[prefix + "gains"], prefix + "gains")
+
+
+@pytest.mark.parametrize("path", cases("cdpruner", "select_*.safetensors"))
+def test_cdpruner_relevance(path, monkeypatch):
+    want = load_file(path)
+    relevance = negated(want["image_embeds"], want["text_embeds"])
+    ours = normalised(relevance)
+    low, high = relevance.min(), relevance.max()
+    # The authors' extremes are those of the batch.
+    assert_close((relevance - low + 1e-6) / (high - low), want["relevance"], "relevance")
+    assert torch.equal(ours, torch.cat([normalised(image[None]) for image in relevance]))
+    if len(relevance) > 1:
+        return
+    assert_close(ours, want["relevance"], "relevance")
+    monkeypatch.setattr(CDPruner, "relevance", lambda self, images: relevance)
+    features = want["features"]
+    for prefix in settings(want, "order"):
+        kept = want[prefix + "kept"]
+        reduced = CDPruner((-2,), (kept.shape[1],)).reduce(images(features, projected=features))
+        assert_kept(reduced, features, kept, prefix + "kept")
+
+
+@pytest.mark.parametrize("path", cases("cdpruner", "tower_*.safetensors"))
+@torch.no_grad()
+def test_cdpruner_clip(path, tmp_path):
+    """Features from the tower of a LLaVA, relevance from the CLIP that it is a part of."""
+    want = load_file(path)
+    weights = near(path, metadata(path).get("weights", "clip_full_weights"))
+    clip = clip_model(weights)
+    clip.save_pretrained(tmp_path)
+    vision = clip.config.vision_config.to_dict()
+    vision.pop("model_type")
+    tower = SparseCLIPVisionModel._from_config(SparseCLIPVisionConfig(**vision)).eval()
+    tower.load_state_dict(clip.vision_model.state_dict())
+    pruner = CDPruner((-2,), (1,), clip=str(tmp_path))
+    seen = tower((want["pixel_u8"].float() - 127.5) / 64, sparsifier=pruner).images
+    assert_close(seen.hidden[0, 1:], want["image_features"], "image_features")
+
+    ids = want["token_ids"][None]
+    parts, mask, there = question_parts(ids, clip.config.text_config.max_position_embeddings)
+    assert torch.equal(parts[0], want["text_input_ids"])
+    assert torch.equal(mask[0].long(), want["text_attention_mask"])
+    assert there.all()
+    image, text = clip_embeddings(clip, want["image_features"][None], ids)
+    assert_close(image[0], want["image_embeds"], "image_embeds")
+    assert_close(text[0], want["text_embeds"], "text_embeds")
+
+    expected = negated(want["image_embeds"][None], want["text_embeds"])
+    assert_close(clip_relevance(str(tmp_path), want["image_features"][None], ids), expected, "relevance")
+    question = Question(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool), ids)
+    reduced = pruner.reduce(replace(seen, projected=seen.hidden[:, 1:], question=question))
+    assert_close(reduced.scores, expected, "relevance")
