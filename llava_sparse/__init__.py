@@ -24,6 +24,7 @@ _HOMES = {
     "SparseLlavaModel": "modeling.modeling_sparse_llava",
     "SparseLlavaProcessor": "processing.processing_sparse_llava",
     "list_methods": "modeling.methods",
+    "register_method": "plugins",
     "sparsify": "conversion",
 }
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .modeling.modeling_sparse_llama import SparseLlamaModel
     from .modeling.modeling_sparse_llava import SparseLlavaForConditionalGeneration, SparseLlavaModel
     from .modeling.sparsifier import Selection
+    from .plugins import register_method
     from .processing.processing_sparse_llava import SparseLlavaProcessor
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from .preparation import load_plugins, prepare
 from .progress import Advance
 
 app = typer.Typer(
@@ -33,6 +34,10 @@ Budget = Annotated[int, typer.Option(help="Visual tokens retained, as the papers
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: what suits the device.")]
 Device = Annotated[str, typer.Option(help="What torch calls it, or auto: the first GPU, else the CPU.")]
 Attention = Annotated[str | None, typer.Option(help="Attention backend: sdpa, eager, flash_attention_2, ...")]
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", help="Python file that registers methods of your own; may be given several times."),
+]
 
 
 def _numbers(text: str) -> list[int]:
@@ -85,6 +90,7 @@ def pope(
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn_implementation: Attention = None,
+    plugins: Plugins = None,
 ) -> None:
     """Evaluate methods on POPE: accuracy, precision, recall, F1 and yes ratio, with intervals and paired tests.
 
@@ -98,7 +104,7 @@ def pope(
         "variant": variant, "streaming": streaming,
     }  # fmt: skip
     with Advance(log, shown=first) as advance:
-        _prepare()
+        prepare(plugins)
         from .evaluation import comparison_table, evaluate_pope, split_methods, table
 
         results = evaluate_pope(
@@ -151,10 +157,11 @@ def ask(
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn_implementation: Attention = None,
+    plugins: Plugins = None,
 ) -> None:
     """Ask a model about one picture."""
     with _status("loading"):
-        _prepare()
+        prepare(plugins)
         from .evaluation import ask as ask_model
         from .evaluation import load_model
         from .evaluation.models import check_methods, read_picture
@@ -179,10 +186,11 @@ def visualize(
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn_implementation: Attention = None,
+    plugins: Plugins = None,
 ) -> None:
     """Draw which patches of a picture methods keep, merge and drop, and which words of the question decide."""
     with _status("loading"):
-        _prepare()
+        prepare(plugins)
         from .drawing import draw
         from .evaluation import load_model, split_methods
         from .evaluation.models import check_methods, read_picture
@@ -275,6 +283,7 @@ def bench(
     profile: Annotated[Path | None, typer.Option(help="Folder for profiler traces; nothing is timed then.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    plugins: Plugins = None,
 ) -> None:
     """Measure what every stage costs: time, arithmetic, cache and memory, against the dense model."""
     from .visualize import check_figure_output
@@ -282,7 +291,7 @@ def bench(
     if plot is not None:
         check_figure_output(plot)
     with Advance(log, shown=True, unit="rounds") as advance:
-        _prepare()
+        prepare(plugins)
         from .benchmark import bench as run_bench
         from .benchmark import plot as draw_plot
         from .benchmark import profile as run_profile
@@ -327,15 +336,12 @@ def bench(
 
 
 @app.command(epilog="Example: llava-sparse methods")
-def methods() -> None:
-    """List the methods, with their kind, options and papers."""
-    from .modeling.methods import METHODS
+def methods(plugins: Plugins = None) -> None:
+    """List the methods, with their kind, options, costs and papers."""
+    from .method_table import print_methods
 
-    for name, method in sorted(METHODS.items()):
-        options = ", ".join(f"{option}={default!r}" for option, default in method.option_defaults.items())
-        typer.echo(f"{name} ({method.kind}): {method.summary}")
-        typer.echo(f"    options: {options or 'none'}")
-        typer.echo(f"    paper: {method.paper}")
+    load_plugins(plugins)
+    print_methods()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -377,30 +383,6 @@ def _fail(message: str, code: int) -> NoReturn:
 def _status(text: str) -> AbstractContextManager[object]:
     """A spinner; nothing where stderr is a file, in which rich would leave an empty line."""
     return log.status(text) if log.is_terminal else nullcontext()
-
-
-def _prepare() -> None:
-    """Leaves the screen to our own progress and messages, and busy cores to others."""
-    import datasets
-    import huggingface_hub
-    import torch
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    datasets.utils.logging.set_verbosity_error()
-    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "getloadavg"):
-        torch.set_num_threads(_threads(torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]))
-
-
-def _threads(wanted: int, cores: int, load: float) -> int:
-    """As many threads as there are free cores, half of those wanted at least.
-
-    Threads of PyTorch's OpenMP spin while they wait for each other: where they have to share their cores with others,
-    two can be several times slower than one.
-    """
-    return max(1, wanted // 2, min(wanted, round(cores - load)))
 
 
 if __name__ == "__main__":

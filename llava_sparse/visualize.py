@@ -116,11 +116,11 @@ def follow(selections: Sequence[Selection], sparsifier: Any, tokens: int, patche
         sparsifier: the method that made them.
         tokens: visual tokens of the dense model, one more than `patches` where CLS is fed to the decoder.
     """
-    encoder = sparsifier.kind == "encoder"
-    # Decoder methods number the tokens that enter the decoder.
-    cls = 0 if encoder else tokens - patches
+    encoder = sparsifier.encoder
+    # Decoder methods alone number the tokens that enter the decoder.
+    cls = 0 if encoder is not None else tokens - patches
     owners = np.arange(cls + patches)
-    stages = []
+    stages: list[Stage] = []
     for selection in selections:
         kept = np.isin(owners, selection.kept[0].cpu().numpy())
         into = np.full_like(owners, -1)
@@ -128,9 +128,12 @@ def follow(selections: Sequence[Selection], sparsifier: Any, tokens: int, patche
             merge_map = selection.merge_map[0].cpu().numpy()
             into[owners >= 0] = merge_map[owners[owners >= 0]]
         owners = np.where(kept & (owners >= 0), owners, into)
-        place = f"after {sparsifier.kind} layer {selection.layer}"
+        in_decoder = encoder is None or bool(stages)
+        place = f"after {'decoder' if in_decoder else 'encoder'} layer {selection.layer}"
+        if not in_decoder and encoder.place == "projector":
+            place = "behind the projector"
         stage = Stage(place, np.maximum(owners[cls:] - cls, -1), bool(cls) and owners[0] == 0)
-        if encoder and stage.tokens + 1 == sparsifier.tokens:
+        if not in_decoder and stage.tokens + 1 == encoder.tokens:
             stage = Stage(place, stage.owners, True)
         stages.append(stage)
     return tuple(stages)

@@ -120,6 +120,9 @@ class CDPruner(EncoderSparsifier):
 
         return clip_relevance(self.clip, images.hidden[:, 1:], images.question.ids)
 
+    def flops(self, patches: int, width: int, channels: int) -> float:
+        return 2.0 * patches**2 * channels + 2.0 * self.tokens**2 * patches
+
     def reduce(self, images: Images) -> Reduced:
         assert images.projected is not None
         relevance = self.relevance(images)

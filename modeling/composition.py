@@ -100,7 +100,8 @@ def compose(
     assert isinstance(first, EncoderSparsifier)
     second = classes[1].resolve(replace(geometry, patches=first.tokens), **settings[1])
     assert isinstance(second, DecoderSparsifier)
-    return Composition((first.layers, second.layers), (first.budgets, second.budgets), first, second)  # type: ignore[arg-type]
+    # A method that finds its budgets at run time has None, which it also takes when the fields are read again.
+    return Composition((first.layers, second.layers), (first.budgets, second.budgets or None), first, second)  # type: ignore[arg-type]
 
 
 def _for_both(field: str, value: Any, names: Sequence[str], geometry: Geometry) -> Sequence[Any]:

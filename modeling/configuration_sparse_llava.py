@@ -65,8 +65,9 @@ def _check_parts(method: type[Sparsifier], name: str, vision: Any, text: Any, fe
         raise ValueError(f"sparse_method={name!r} needs the attention of a layer; vision_feature_layer=0 is none.")
 
 
-def _as_lists(values: Any) -> list[Any]:
-    return [_as_lists(value) if isinstance(value, tuple) else value for value in values]
+def as_lists(values: Any) -> list[Any]:
+    """Nested tuples as lists, which is what configurations and results hold."""
+    return [as_lists(value) if isinstance(value, tuple) else value for value in values]
 
 
 class SparseFieldsMixin:
@@ -95,8 +96,8 @@ class SparseFieldsMixin:
         """Checks the fields and writes the layers and budgets that they stand for."""
         sparsifier = build_sparsifier(self)
         if sparsifier is not None:
-            self.sparse_layers = _as_lists(sparsifier.layers)
-            self.sparse_budgets = _as_lists(sparsifier.budgets) or None
+            self.sparse_layers = as_lists(sparsifier.layers)
+            self.sparse_budgets = as_lists(sparsifier.budgets) or None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -58,6 +58,9 @@ class DivPrune(EncoderSparsifier):
     cost = "N^2 C"
     place = "projector"
 
+    def flops(self, patches: int, width: int, channels: int) -> float:
+        return 2.0 * patches**2 * channels
+
     def reduce(self, images: Images) -> Reduced:
         assert images.projected is not None
         order, distance = max_min_tokens(cosines(images.projected), self.tokens)

@@ -75,7 +75,8 @@ class FastV(DecoderSparsifier):
             smallest = SMALLEST * patches / PRESET_PATCHES
             kept = tokens_behind(max(budget, smallest), patches, K, max(depth, PRESET_DEPTH))
             return (max(1, round(kept * min(1.0, budget / smallest))),)
-        kept = patches if whole == depth else tokens_behind(budget, patches, whole, depth)
+        # Behind the last layer there is nothing whose tokens could make the mean any smaller.
+        kept = tokens_behind(budget, patches, whole, depth) if whole < depth else patches * (budget == patches)
         if round(kept) < 1:
             least = -(-(patches * whole + depth - whole) // depth)
             raise ValueError(

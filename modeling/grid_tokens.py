@@ -22,7 +22,7 @@ def grid_of(patches: int, height: int, width: int) -> tuple[int, int]:
 def bands(tokens: int, rows: int, columns: int) -> list[int]:
     """Into how many cells each band of the grid is divided: bands and cells as square as `tokens` cells allow."""
     count = round((tokens * rows / columns) ** 0.5)
-    count = min(rows, max(1, count, -(-tokens // columns)))
+    count = min(rows, tokens, max(1, count, -(-tokens // columns)))
     return [(band + 1) * tokens // count - band * tokens // count for band in range(count)]
 
 

@@ -35,6 +35,10 @@ METHODS: dict[str, type[Sparsifier]] = {
         VisionZip,
     )
 }
+# Those that no method of a user's can replace.
+BUILT_IN = dict(METHODS)
+# A model for which every method expands its default settings.
+TRIAL, TRIAL_BUDGET = Geometry(patches=16, encoder_layers=6, decoder_layers=6), 4
 
 FIELDS = ("sparse_method", "sparse_budget", "sparse_layers", "sparse_budgets", "sparse_options")
 

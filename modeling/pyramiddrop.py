@@ -65,7 +65,10 @@ class PyramidDrop(DecoderSparsifier):
         scaled = PRESET_PATCHES if budget is None else budget * PRESET_PATCHES / geometry.patches
         first = pyramid(max(SMALLEST, scaled))[0]
         depth = geometry.decoder_layers
-        return tuple(max(1, layer) for layer in scale_layers([first * (i + 1) for i in range(STAGES)], depth))
+        if depth < 2:
+            raise ValueError("sparse_method='pyramiddrop' acts ahead of any layer but the first: one is not enough.")
+        layers = scale_layers([first * (i + 1) for i in range(STAGES)], depth)
+        return tuple(sorted({max(1, layer) for layer in layers}))
 
     @classmethod
     def preset_budgets(cls, geometry: Geometry, budget: int, layers: tuple[int, ...], by_hand: bool) -> tuple[int, ...]:

@@ -77,6 +77,9 @@ class Scope(EncoderSparsifier):
             raise ValueError(f"sparse_options: alpha={value!r}: a number from 0 on is allowed.")
         return float(value)
 
+    def flops(self, patches: int, width: int, channels: int) -> float:
+        return super().flops(patches, width, channels) + 2.0 * patches**2 * width
+
     def reduce(self, images: Images) -> Reduced:
         assert images.cls_attention is not None
         hidden, scores = images.hidden[:, 1:], images.cls_attention.sum(1)

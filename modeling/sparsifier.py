@@ -282,6 +282,13 @@ class EncoderSparsifier(Sparsifier):
         counts = check_counts("sparse_budgets", [tokens] if budgets is None else budgets, 1, geometry.patches, 1)
         return cls((layer,), counts, **chosen)
 
+    def flops(self, patches: int, width: int, channels: int) -> float:
+        """Operations of the selection for one image, of the tower's `width` and the decoder's `channels`.
+
+        Counted is what matrix products take, as far as it grows with the square of a size.
+        """
+        return 2.0 * (patches + 1) * width**2 if self.needs_attention else 0.0
+
     @classmethod
     def check_layer(cls, geometry: Geometry, layers: Sequence[int] | None) -> int:
         """The one layer of `sparse_layers`, by default the one that LLaVA takes its features from.

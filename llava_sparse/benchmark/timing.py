@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from llava_sparse.modeling import modeling_sparse_clip, modeling_sparse_llama
+from llava_sparse.modeling import modeling_sparse_clip, modeling_sparse_llama, tome
 from llava_sparse.modeling.attention_rows import RowTap
 
 
@@ -79,9 +79,14 @@ def stages(model: Any, clock: Clock) -> Iterator[Callable[[], dict[str, float]]]
 
     What a method does stands in its own part, "selection", and not in that of the tower or the decoder around it.
     """
-    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in ("vision tower", "projector", "decoder")}
-    marks["selection"] = []
     inner = model.model
+    modules = {
+        "vision tower": inner.vision_tower, "projector": inner.multi_modal_projector, "decoder": inner.language_model
+    }  # fmt: skip
+    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in modules}
+    # What was selected while one of the parts ran, and behind the projector.
+    selected: dict[str, list[tuple[Any, Any]]] = {name: [] for name in ("", *modules)}
+    running: dict[str, list[Any]] = {name: [] for name in modules}
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -89,21 +94,17 @@ def stages(model: Any, clock: Clock) -> Iterator[Callable[[], dict[str, float]]]
             try:
                 return function(*args, **kwargs)
             finally:
-                marks["selection"].append((start, clock.mark()))
+                part = next((name for name, starts in running.items() if starts), "")
+                selected[part].append((start, clock.mark()))
 
         return wrapper
 
     sparsifier = getattr(inner, "sparsifier", None)
     with ExitStack() as stack:
-        for name, module in (
-            ("vision tower", inner.vision_tower),
-            ("projector", inner.multi_modal_projector),
-            ("decoder", inner.language_model),
-        ):
-            starts: list[Any] = []
-            before = module.register_forward_pre_hook(lambda *_, starts=starts: starts.append(clock.mark()))
+        for name, module in modules.items():
+            before = module.register_forward_pre_hook(lambda *_, name=name: running[name].append(clock.mark()))
             after = module.register_forward_hook(
-                lambda *_, name=name, starts=starts: marks[name].append((starts.pop(), clock.mark()))
+                lambda *_, name=name: marks[name].append((running[name].pop(), clock.mark()))
             )
             stack.callback(before.remove)
             stack.callback(after.remove)
@@ -113,12 +114,14 @@ def stages(model: Any, clock: Clock) -> Iterator[Callable[[], dict[str, float]]]
 
         def told() -> dict[str, float]:
             clock.wait()
-            seconds = {name: sum(clock.seconds(*pair) for pair in pairs) for name, pairs in marks.items()}
-            for pairs in marks.values():
+            seconds, selection = (
+                {name: sum(clock.seconds(*pair) for pair in pairs) for name, pairs in found.items()}
+                for found in (marks, selected)
+            )
+            for pairs in [*marks.values(), *selected.values()]:
                 pairs.clear()
-            if sparsifier is not None:
-                seconds["vision tower" if sparsifier.kind == "encoder" else "decoder"] -= seconds["selection"]
-            return seconds
+            left = {name: spent - selection[name] for name, spent in seconds.items()}
+            return {**left, "selection": sum(selection.values())}
 
         yield told
 
@@ -127,7 +130,10 @@ def _selecting(sparsifier: Any) -> list[tuple[Any, str]]:
     """The functions that make a selection; none calls another."""
     if sparsifier is None:
         return []
-    if sparsifier.kind == "encoder":
-        return [(RowTap, "take"), (modeling_sparse_clip, "row_probabilities"), (type(sparsifier), "reduce")]
-    decoder = modeling_sparse_llama.PrunedDecoderMixin
-    return [(RowTap, "take"), (modeling_sparse_llama, "open_prompt"), (decoder, "_prune")]
+    found: list[tuple[Any, str]] = [(RowTap, "take")]
+    if sparsifier.encoder is not None:
+        found += [(modeling_sparse_clip, "row_probabilities"), (type(sparsifier.encoder), "reduce")]
+        found += [(tome, "bipartite_matching"), (tome, "merge")]
+    if sparsifier.decoder is not None:
+        found += [(modeling_sparse_llama, "open_prompt"), (modeling_sparse_llama.PrunedDecoderMixin, "_prune")]
+    return found

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import llava_sparse
 from llava_sparse.metrics.pope.pope import parse_answer
+from llava_sparse.modeling.configuration_sparse_llava import as_lists
 from llava_sparse.reference import CHECKPOINT
 
 from .models import LoadedModel
@@ -121,8 +122,8 @@ def describe_run(run: Run, model: Any) -> dict[str, Any]:
         "kind": None if method is None else method.kind,
         "budget": run.budget,
         "seed": run.seed,
-        "layers": None if method is None else list(method.layers),
-        "budgets": None if method is None else list(method.budgets),
+        "layers": None if method is None else as_lists(method.layers),
+        "budgets": None if method is None else as_lists(method.budgets or ()),
         "options": getattr(model.config, "sparse_options", None),
         "patches": (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2,
     }

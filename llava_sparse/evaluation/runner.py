@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from llava_sparse.plugins import plugin_files
+
 from .answer_log import AnswerLog, Key, log_path
 from .answering import ANSWER_MODES, MAX_NEW_TOKENS, Answer, Asker
 from .data import load_pope
@@ -184,6 +186,7 @@ def evaluate_pope(
         **describe_model(loaded),
         **_describe_questions(questions, rows, dataset, limit, skip_bad, subset or {}),
         "methods": list(methods),
+        **plugin_files(run.method for run in runs),
         "budgets": [budget] if isinstance(budget, int) else list(budget),
         "seeds": list(seeds),
         "batch_size": batch_size,

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llava_sparse.modeling.checks import nearest
-from llava_sparse.modeling.methods import METHODS
+from llava_sparse.modeling.composition import JOIN
+from llava_sparse.modeling.methods import METHODS, method_classes
 
 DENSE = "dense"
-# `a,b:x=[1,2]` is two methods: commas within brackets separate nothing.
-_COMMA = re.compile(r",(?![^\[]*\])")
 _LISTS = ("layers", "budgets")
 
 
@@ -40,20 +38,30 @@ class Run:
     @property
     def sparsity(self) -> dict[str, Any]:
         """The arguments of `set_sparsity` and `sparsify` behind the method."""
-        options = {**self.options, **({} if self.seed is None else {"seed": self.seed})}
+        options = self.options
+        if self.seed is not None:
+            options = _with_seed(self.method, options, self.seed)
         return {"budget": self.budget, "layers": self.layers, "budgets": self.budgets, "options": options or None}
 
 
 def split_methods(text: str) -> list[str]:
-    """The methods of a comma-separated list; lists inside brackets stay whole."""
-    return [part.strip() for part in _COMMA.split(text)]
+    """The methods of a comma-separated list; commas within brackets separate nothing."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
 def plan_runs(methods: Sequence[str], budgets: Sequence[int | None], seeds: Sequence[int] = (0,)) -> list[Run]:
     """Every method with every budget, and those that draw at random with every seed.
 
     Args:
-        methods: names, options behind colons: `"sparsevlm:raters=all:recycle=false"`. Values are JSON, or text.
+        methods: names, options behind colons: `"sparsevlm:raters=all:recycle=false"`. Values are JSON, or text. Those
+            of a composition say whose they are: `"divprune+sparsevlm:sparsevlm.version=2.0"`.
             `layers=[...]` and `budgets=[...]` set the stages by hand, once instead of once for each budget.
         budgets: visual tokens retained; None for a method's own default.
         seeds: for methods with an option `seed`.
@@ -75,30 +83,62 @@ def plan_runs(methods: Sequence[str], budgets: Sequence[int | None], seeds: Sequ
 def _runs_of(text: str, budgets: Sequence[int | None], seeds: Sequence[int]) -> list[Run]:
     method, *given = text.split(":")
     known = [DENSE, *sorted(METHODS)]
-    if method not in known:
+    if method not in known and JOIN not in method:
         raise ValueError(f"method {method!r} is unknown{nearest(method, known)}; allowed: {', '.join(known)}.")
-    options = dict(_option(method, part) for part in given)
+    defaults = _defaults(method)
+    lists: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for part in given:
+        name, value = _option(method, defaults, part)
+        (lists if name in _LISTS else options)[name] = value
+    draws = [name for name in defaults if name.rpartition(".")[2] == "seed" and name not in options]
     if method == DENSE:
         return [Run(DENSE)]
-    lists = {name: options.pop(name) for name in _LISTS if name in options}
-    draws = "seed" in METHODS[method].option_defaults and "seed" not in options
     runs = []
     for budget in [None] if "budgets" in lists else budgets:
         for seed in seeds if draws else [None]:
             name = text + ("" if budget is None else f"@{budget}") + ("" if seed is None else f"#{seed}")
-            runs.append(Run(method, budget, seed, options=options, name=name, **lists))
+            runs.append(Run(method, budget, seed, options=_nested(options), name=name, **lists))
     return runs
 
 
-def _option(method: str, part: str) -> tuple[str, Any]:
+def _defaults(method: str) -> dict[str, Any]:
+    """The options of a method with their defaults; those of a composition's methods as `name.option`."""
+    if method == DENSE:
+        return {}
+    classes = method_classes(method)
+    if len(classes) == 1:
+        return classes[0].option_defaults
+    return {f"{part.name}.{name}": value for part in classes for name, value in part.option_defaults.items()}
+
+
+def _nested(options: dict[str, Any]) -> dict[str, Any]:
+    """`sparse_options` of options by name, or `name.option`."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        part, dot, option = name.rpartition(".")
+        (found.setdefault(part, {}) if dot else found)[option] = value
+    return found
+
+
+def _with_seed(method: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
+    """`sparse_options` with a seed wherever one is taken and none is given."""
+    classes = method_classes(method)
+    if len(classes) == 1:
+        return {**options, "seed": seed}
+    drawing = [part.name for part in classes if "seed" in part.option_defaults]
+    return {**options, **{name: {"seed": seed, **options.get(name, {})} for name in drawing}}
+
+
+def _option(method: str, defaults: dict[str, Any], part: str) -> tuple[str, Any]:
     name, equals, value = part.partition("=")
-    known = [] if method == DENSE else [*METHODS[method].option_defaults, *_LISTS]
+    known = [] if method == DENSE else [*defaults, *_LISTS]
     if not equals or name not in known:
         raise ValueError(
             f"method {method}: {part!r} is no option{nearest(name, known)}; "
             f"allowed, as name=value: {', '.join(known) or 'none'}."
         )
-    if isinstance(METHODS[method].option_defaults.get(name), str):
+    if isinstance(defaults.get(name), str):
         return name, value
     try:
         return name, json.loads(value)
