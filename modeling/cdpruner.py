@@ -30,7 +30,8 @@ def text_relevance(projected: Tensor, question: Question) -> Tensor:
     weight = question.valid.to(unit.dtype)
     mean = (weight[:, None] @ unit) / weight.sum(-1).clamp(min=1)[:, None, None]
     visual = to_float(projected)
-    return (visual @ mean.transpose(1, 2)).squeeze(-1) / visual.norm(dim=-1).clamp(min=EPSILON)
+    # Not a product of matrices, which may round equal patches differently: normalised, that would be their order.
+    return (visual * mean).sum(-1) / visual.norm(dim=-1).clamp(min=EPSILON)
 
 
 def conditional_dpp(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:

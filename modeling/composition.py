@@ -98,6 +98,11 @@ def compose(
             values[setting] = value if values[setting] is None else values[setting]
     first = classes[0].resolve(geometry, **settings[0])
     assert isinstance(first, EncoderSparsifier)
+    if first.weighs:
+        raise ValueError(
+            f"sparse_method={name!r}: {names[0]} weighs its tokens in attention, which a decoder method does not; "
+            f"sparse_options={{{names[0]!r}: {{'proportional': False}}}} is allowed."
+        )
     second = classes[1].resolve(replace(geometry, patches=first.tokens), **settings[1])
     assert isinstance(second, DecoderSparsifier)
     # A method that finds its budgets at run time has None, which it also takes when the fields are read again.

@@ -7,6 +7,7 @@ from typing import Any
 from .cdpruner import CDPruner
 from .checks import nearest
 from .composition import JOIN, compose, part_classes
+from .delegate import Delegate
 from .divprune import DivPrune
 from .fastv import FastV
 from .grid_tokens import PooledTokens, UniformTokens
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Sparsifier]] = {
     method.name: method
     for method in (
         CDPruner,
+        Delegate,
         DivPrune,
         FastV,
         PooledTokens,

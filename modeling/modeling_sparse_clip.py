@@ -25,12 +25,13 @@ class SparseCLIPVisionOutput(BaseModelOutputWithPooling):
     """Adds the stage to the stock output.
 
     Attributes:
-        numbers: `(images, tokens)` int64, what the tokens are, see `Reduced`; None where nothing was reduced.
+        numbers, weights: `(images, tokens)`, what the tokens are, and for how many each counts: see `Reduced`.
         selection: one stage, where tokens were reduced and the record was asked for.
         images: what a method behind the projector needs; nothing is reduced yet: `last_hidden_state` is all patches.
     """
 
     numbers: Tensor | None = None
+    weights: Tensor | None = None
     selection: tuple[Selection, ...] | None = None
     images: Images | None = None
 
@@ -122,7 +123,9 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         with exact(images.hidden):
             reduced = sparsifier.reduce(images)
         selection = (reduced.selection(layer),) if output_selection else None
-        return SparseCLIPVisionOutput(last_hidden_state=reduced.features, numbers=reduced.numbers, selection=selection)
+        return SparseCLIPVisionOutput(
+            last_hidden_state=reduced.features, numbers=reduced.numbers, weights=reduced.weights, selection=selection
+        )
 
     def _merge(self, hidden: Tensor, pixels: Tensor, sparsifier: ToMe) -> Images:
         """Runs the layers of a method that merges inside them."""

@@ -23,7 +23,7 @@ from .configuration_sparse_llava import SparseLlavaConfig, build_sparsifier
 from .generation import PrunedGenerationMixin
 from .modeling_sparse_clip import SparseCLIPVisionModel, SparseCLIPVisionOutput
 from .modeling_sparse_llama import SPARSE_DECODERS
-from .placeholders import DecoderInputs, images_per_prompt, insert_features, newest_mask, question_of, translate
+from .placeholders import DecoderInputs, images_per_prompt, insert_features, newest_mask, question_of, translate, weigh
 from .pruned_cache import remember, remembered
 from .sparsifier import EncoderSparsifier, Images, Question, Reduced, Selection, Sparsifier
 from .stages import numbers_by_prompt, stage_by_prompt
@@ -143,6 +143,7 @@ class SparseLlavaModel(LlavaModel):
                 last_hidden_state=images.hidden[:, 1:],
                 pooler_output=list(reduced.features),
                 numbers=reduced.numbers,
+                weights=reduced.weights,
                 selection=(reduced.selection(layer),) if output_selection else None,
             )
         if encoder is not None:
@@ -198,6 +199,7 @@ class SparseLlavaModel(LlavaModel):
         visual_mask: Tensor | None = None,
         fingerprints: Tensor | None = None,
         numbers: Tensor | None = None,
+        weights: Tensor | None = None,
         question_ids: Tensor | None = None,
         output_selection: bool = False,
         **kwargs: Any,
@@ -211,6 +213,8 @@ class SparseLlavaModel(LlavaModel):
                 images. Without them, a method that draws from the images draws the same for all prompts.
             numbers: with `visual_mask` and a composition, `(batch, V)` int64: what the visual tokens are, as
                 `get_image_features` numbers them.
+            weights: with `visual_mask` and a method that weighs its tokens, `(batch, V)`: as `get_image_features` has
+                them; of padding, any.
             question_ids: `(batch, n)` int64, the question in CLIP's vocabulary, -1 for padding, for a method that
                 reads it with a CLIP text tower.
             output_selection: whether to return the stages.
@@ -239,7 +243,7 @@ class SparseLlavaModel(LlavaModel):
                 **kwargs,
             )
             return SparseLlavaModelOutput(**stock, selection=() if output_selection else None)
-        self._check_inputs(pixel_values, visual_mask, kwargs)
+        self._check_inputs(pixel_values, visual_mask, weights, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if (image_sizes := kwargs.pop("image_sizes", None)) is not None:
@@ -272,6 +276,7 @@ class SparseLlavaModel(LlavaModel):
                 fingerprints = None if drawn is None else torch.stack([part.sum() for part in drawn.split(images)])
             if encoder is not None and decoder is not None:
                 numbers = numbers_by_prompt(outputs.numbers, images, self.patches_per_image, encoder.new_tokens)
+            weights = getattr(outputs, "weights", None)
             stages = tuple(
                 stage_by_prompt(stage, images, self.patches_per_image)
                 for stage in getattr(outputs, "selection", None) or ()
@@ -280,6 +285,8 @@ class SparseLlavaModel(LlavaModel):
             layout = PromptLayout.of(visual_mask, newest_mask(attention_mask, inputs_embeds.shape[1]))
         if 0 in held and inputs.shortened is None:
             inputs = translate(inputs, held[0], past_key_values)
+        if weights is not None or (0 in held and held[0].bias is not None):
+            inputs = weigh(inputs, layout, weights, past_key_values, self.config.text_config)
 
         decoder_arguments: dict[str, Any] = {}
         if decoder is not None and layout is not None and any(layout.visual_counts):
@@ -319,12 +326,14 @@ class SparseLlavaModel(LlavaModel):
             selection=stages + pruned if output_selection else None,
         )
 
-    def _check_inputs(self, pixel_values: Tensor | None, visual_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    def _check_inputs(
+        self, pixel_values: Tensor | None, visual_mask: Tensor | None, weights: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
         if kwargs.pop("mm_encoder_outputs", None):
             raise ValueError("mm_encoder_outputs: pass pixel_values instead; a pruned model encodes images itself.")
         if visual_mask is not None and pixel_values is not None:
             raise ValueError("visual_mask marks image features inside inputs_embeds: do not pass pixel_values too.")
-        if visual_mask is not None and isinstance(self.sparsifier, EncoderSparsifier):
+        if visual_mask is not None and weights is None and isinstance(self.sparsifier, EncoderSparsifier):
             raise ValueError(f"visual_mask: {self.sparsifier.name} prunes in the encoder; pass pixel_values instead.")
 
     def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from .attention_rows import take_rows
@@ -136,3 +136,64 @@ def translate(inputs: DecoderInputs, prompt: ShortenedPrompt, cache: Any) -> Dec
     )
     positions = prompt.positions_of(inputs.embeds, mask, cache.get_seq_length())
     return replace(inputs, attention_mask=mask, position_ids=positions)
+
+
+def weigh(
+    inputs: DecoderInputs, layout: PromptLayout | None, weights: Tensor | None, cache: Any, config: Any
+) -> DecoderInputs:
+    """Lets visual tokens count for several in attention: the mask becomes `(batch, 1, length, held)`, additive.
+
+    Args:
+        layout: of the new tokens; weights: `(images, tokens)` of the visual ones among them, or None.
+        config: of the decoder.
+
+    Raises:
+        ValueError: for an attention backend that takes no such mask.
+    """
+    backend = config._attn_implementation
+    if backend not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation={backend!r} takes no mask, which proportional attention needs: 'sdpa' or 'eager' is "
+            "allowed, or sparse_options={'proportional': False}."
+        )
+    embeds = inputs.embeds
+    batch, new, _ = embeds.shape
+    past = 0 if cache is None else cache.get_seq_length()
+    bias = torch.zeros(batch, new, device=embeds.device)
+    if weights is not None:
+        assert layout is not None
+        bias = bias.masked_scatter(layout.visual, weights.to(bias.device, bias.dtype).log())
+    earlier = remembered(cache).get(0)
+    if earlier is not None and earlier.bias is not None:
+        known = earlier.bias.to(bias.device)
+        between = int(past) - known.shape[1] if weights is not None else 0
+        # Without new weights the mask alone needs them: what follows the prompt has none.
+        bias = torch.cat([nn.functional.pad(known, (0, between)), bias], dim=1) if weights is not None else known
+    elif weights is not None and int(past):
+        bias = nn.functional.pad(bias, (int(past), 0))
+    mask = _additive_mask(inputs, bias, past, cache, getattr(config, "sliding_window", None))
+    if weights is None:
+        return replace(inputs, attention_mask=mask)
+    total = int(past) + new
+    held = inputs.shortened
+    if held is None:
+        valid = None if inputs.attention_mask is None else inputs.attention_mask.bool()
+        held = ShortenedPrompt(valid, total, total + surplus(cache), "compact")
+    return replace(inputs, attention_mask=mask, shortened=replace(held, bias=bias))
+
+
+def _additive_mask(inputs: DecoderInputs, bias: Tensor, past: int | Tensor, cache: Any, window: int | None) -> Tensor:
+    """The `(batch, 1, length, held)` mask of the new tokens, with the `bias` of the first columns."""
+    embeds, valid = inputs.embeds, inputs.attention_mask
+    batch, new, _ = embeds.shape
+    width = int(past) + new if cache is None else int(cache.get_mask_sizes(new, 0)[0])
+    columns = torch.arange(width, device=embeds.device)
+    rows = past + torch.arange(new, device=embeds.device)[:, None]
+    visible = (columns <= rows).expand(batch, -1, -1)
+    if window is not None:
+        visible = visible & (columns > rows - window)
+    if valid is not None:
+        there = nn.functional.pad(valid.bool(), (0, max(0, width - valid.shape[1])), value=True)[:, :width]
+        visible = visible & there[:, None]
+    wide = nn.functional.pad(bias, (0, max(0, width - bias.shape[1])))[:, None].expand(-1, new, -1)
+    return wide.masked_fill(~visible, torch.finfo(embeds.dtype).min).to(embeds.dtype)[:, None]

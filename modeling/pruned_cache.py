@@ -30,6 +30,7 @@ class ShortenedPrompt:
         length: tokens of the prompt as the caller counts.
         positions: "compact", counted within the run of layers, or "original", as the caller counts.
         next_position: `(batch, 1)` int64, the position of what follows, where it is not the number of tokens held.
+        bias: `(batch, held)` float, added to the logits of all that look at the tokens; None for nothing.
     """
 
     mask: Tensor | None
@@ -37,6 +38,7 @@ class ShortenedPrompt:
     length: int
     positions: str
     next_position: Tensor | None = None
+    bias: Tensor | None = None
 
     def mask_with(self, attention_mask: Tensor | None, total: int) -> Tensor | None:
         """The `(batch, total)` mask of all tokens that the layers hold, new ones included; None if nothing is masked.
@@ -81,12 +83,9 @@ class ShortenedPrompt:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ShortenedPrompt:
         """The same for other rows: `change` takes what is `(batch, ...)`."""
-        mask, position = self.mask, self.next_position
-        return replace(
-            self,
-            mask=None if mask is None else change(mask),
-            next_position=None if position is None else change(position),
-        )
+        own = {"mask": self.mask, "next_position": self.next_position, "bias": self.bias}
+        changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in own.items()}
+        return replace(self, **changed)
 
     def select(self, rows: Tensor) -> ShortenedPrompt:
         return self.map(lambda x: x[rows.to(x.device)])

@@ -22,7 +22,8 @@ def pyramid(budget: float, patches: int = PRESET_PATCHES, depth: int = PRESET_DE
     take 0.6 of the budget at most.
     """
     share = budget / patches
-    first = min(depth // (STAGES + 1), max(1, int(0.6 * share * depth)))
+    # For 210 tokens 0.6 of the budget is 7 layers, in floating point a little less.
+    first = min(depth // (STAGES + 1), max(1, int(0.6 * share * depth + 1e-9)))
     low, high = 0.0, 1.0
     for _ in range(60):
         r = (low + high) / 2

@@ -210,12 +210,14 @@ class Reduced:
             per image at most) for what stands for no patch: CLS.
         scores: `(images, patches)` float, for the record.
         merged: `(images, patches)` int64, which token made anew (from 0) each patch went into, -1 for none; or None.
+        weights: `(images, tokens)` float, how many tokens each counts for in the decoder's attention; None for one.
     """
 
     features: Tensor
     numbers: Tensor
     scores: Tensor
     merged: Tensor | None = None
+    weights: Tensor | None = None
 
     @classmethod
     def kept(cls, features: Tensor, kept: Tensor, scores: Tensor) -> Reduced:
@@ -281,6 +283,11 @@ class EncoderSparsifier(Sparsifier):
             raise ValueError(f"sparse_method={cls.name!r} needs sparse_budget (64, say) or sparse_budgets=[tokens].")
         counts = check_counts("sparse_budgets", [tokens] if budgets is None else budgets, 1, geometry.patches, 1)
         return cls((layer,), counts, **chosen)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether its tokens have `Reduced.weights`."""
+        return False
 
     def flops(self, patches: int, width: int, channels: int) -> float:
         """Operations of the selection for one image, of the tower's `width` and the decoder's `channels`.

@@ -29,6 +29,7 @@ def _both(budgets: Sequence[int]) -> int | None:
 # How many tokens of each image an encoder method's `sparse_budgets` leave, and what is allowed in them.
 ENCODER_METHODS: dict[str, tuple[Callable[[Sequence[int]], int | None], str]] = {
     "cdpruner": (_one, "[tokens], one number"),
+    "delegate": (_one, "[tokens], one number"),
     "divprune": (_one, "[tokens], one number"),
     "pool": (_one, "[tokens], one number"),
     "random": (_one, "[tokens], one number"),

@@ -232,6 +232,8 @@ class Asker:
                 numbers = numbers_by_prompt(own, [1] * len(own), patches, self._encoder.new_tokens)
             pruning = {"visual_mask": visual, "numbers": numbers, "output_selection": True}
             pruning["fingerprints"] = None if drawn is None else drawn[owner]
+        elif encoded.weights is not None:
+            pruning = {"visual_mask": visual, "weights": encoded.weights[owner]}
         outputs = self.model(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -257,7 +259,13 @@ class Asker:
         reduced = self.model.model.reduce_images(encoded.images.rows(owner), asked)
         drawn = None if encoded.fingerprints is None else encoded.fingerprints[owner]
         layer = self._encoder.feature_layer % self.model.config.vision_config.num_hidden_layers
-        return _Encoded(reduced.features, (reduced.selection(layer),), fingerprints=drawn, numbers=reduced.numbers)
+        return _Encoded(
+            reduced.features,
+            (reduced.selection(layer),),
+            fingerprints=drawn,
+            numbers=reduced.numbers,
+            weights=reduced.weights,
+        )
 
     def _clip_ids(self, prompts: list[_Prompt]) -> Tensor | None:
         """The questions in the vocabulary of the CLIP model that the method names, if it does."""
@@ -383,6 +391,7 @@ class _Encoded:
         prefix: the cache of the prompt up to the image's end, or None; prefix_length: its tokens.
         fingerprints: `(pictures,)`, what a method draws from the pictures, or None.
         numbers: `(pictures, tokens)`, what an encoder method's tokens are, or None.
+        weights: `(pictures, tokens)`, for how many each token counts, or None.
         images: for a method that looks at the question, in place of features.
     """
 
@@ -392,6 +401,7 @@ class _Encoded:
     prefix_length: int = 0
     fingerprints: Tensor | None = None
     numbers: Tensor | None = None
+    weights: Tensor | None = None
     images: Images | None = None
 
 
