@@ -49,7 +49,8 @@ def delegates(similarity: Tensor, demand: Tensor, count: int) -> Tensor:
     taken = torch.zeros_like(demand, dtype=torch.bool)
     chosen = []
     for _ in range(count):
-        gain = ((similarity - covered[:, None]).relu_() @ demand[..., None]).squeeze(-1)
+        # Not a product of matrices: of equal gains, rounding would choose another one in a batch than alone.
+        gain = (similarity - covered[:, None]).relu_().mul_(demand[:, None]).sum(-1)
         token = gain.masked_fill_(taken, -torch.inf).argmax(-1, keepdim=True)
         chosen.append(token)
         taken = taken.scatter(1, token, True)

@@ -18,11 +18,11 @@ from llava_sparse.modeling.tome import bipartite_matching, merge
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 9999)
-ENCODERS = ["cdpruner", "divprune", "pool", "random", "scope", "tome", "uniform", "visionzip"]
+ENCODERS = ["cdpruner", "delegate", "divprune", "pool", "random", "scope", "tome", "uniform", "visionzip"]
 MERGING = {"pool", "tome", "visionzip"}
-NESTED = ["divprune", "random", "scope"]
-DIVERSE = ["cdpruner", "divprune", "scope"]
-BEHIND = {"cdpruner", "divprune"}
+NESTED = ["delegate", "divprune", "random", "scope"]
+DIVERSE = ["cdpruner", "delegate", "divprune", "scope"]
+BEHIND = {"cdpruner", "delegate", "divprune"}
 TWO = "USER: <image> <image> What red car on the left ? ASSISTANT:"
 MIXED = [tiny.QUESTIONS[0], TWO, "USER: Is there a dog ? ASSISTANT:", tiny.QUESTIONS[2]]
 
