@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study bench test test-all test-gpu lint format clean
+.PHONY: help install demo study field bench test test-all test-gpu lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ demo: $(STAMP) ## dense, VisionZip and SparseVLM on the embedded reference model
 
 study: $(STAMP) ## every run, table and figure of docs/study.md; resumes
 	$(BIN)/python examples/study.py --results results/study --page docs/study.md $(ARGS)
+
+field: $(STAMP) ## all methods at all budgets: every number of docs/field.md; resumes
+	$(BIN)/python examples/field.py --results results/field --page docs/field.md $(ARGS)
 
 # Of a shape with random weights; only ratios to the dense model are compared.
 BENCH := --shape small --methods visionzip,sparsevlm --budgets 64 --batch-sizes 1,4 --new-tokens 16

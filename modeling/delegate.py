@@ -97,7 +97,7 @@ class Delegate(EncoderSparsifier):
     """
 
     name = "delegate"
-    paper = "a method of llava-sparse (docs/methods.md)"
+    paper = "of llava-sparse (docs/field.md), after SCOPE (arXiv 2510.24214) and ToMe (arXiv 2210.09461)"
     summary = (
         "keeps what best represents the patches that matter to the question; each token counts for those it represents"
     )

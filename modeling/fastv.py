@@ -37,7 +37,7 @@ class FastV(DecoderSparsifier):
     """Keeps the visual tokens that the last token of the prompt attends to, from decoder layer K on.
 
     With A the attention of layer K - 1 (0-based): score of visual token j = mean over heads of A[last token, j]; the
-    `budgets[0]` = (1 - R) V best stay, in their order, at their positions; nothing is merged.
+    `budgets[0]` = (1 - R) V best stay (none, for R = 1), in their order, at their positions; nothing is merged.
 
     `sparse_layers` is [K - 1], K = 2 by default. `sparse_budget` is the mean over all layers, as the papers' tables
     count: K V + (depth - K) kept = depth budget, for 64, 128, 192 tokens 30, 98, 166 kept. It is counted for 32 layers;
@@ -57,6 +57,7 @@ class FastV(DecoderSparsifier):
     )
     summary = "keeps what the last prompt token attends to after the second decoder layer"
     cost = "L D"
+    fewest = 0
     option_defaults: ClassVar[dict[str, Any]] = {"positions": "original", "trim_cache": False}
 
     positions: str = "original"

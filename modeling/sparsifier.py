@@ -108,7 +108,7 @@ class Sparsifier(ABC):
             ValueError: if it is neither None, nor an integer from 1 to `patches`, nor a float above 0, 1.0 at most.
         """
         if isinstance(budget, float) and 0 < budget <= 1:
-            return max(1, int(budget * patches + 0.5))
+            return max(1, round(budget * patches))
         if budget is not None and not is_count(budget, 1, patches):
             raise ValueError(
                 f"sparse_budget={budget!r}: an integer from 1 to {patches}, the visual tokens of one image, is "
@@ -342,6 +342,7 @@ class DecoderSparsifier(Sparsifier):
 
     Attributes:
         before_layer: whether the method acts right before its layers instead, by the attention that each would pay.
+        fewest: the smallest number that may stand in `sparse_budgets`.
         positions: "compact", renumbered after every pruning, or "original".
         trim_cache: whether, once a prompt is through, the cache of the layers up to the last pruning layer loses what
             was pruned too: answers then cost less memory, and see less than in the papers.
@@ -350,6 +351,7 @@ class DecoderSparsifier(Sparsifier):
     kind: ClassVar[str] = "decoder"
     looks_at_question: ClassVar[bool] = True
     before_layer: ClassVar[bool] = False
+    fewest: ClassVar[int] = 1
     positions: str
     trim_cache: bool = False
 
@@ -378,7 +380,7 @@ class DecoderSparsifier(Sparsifier):
         if budgets is None:
             assert tokens is not None
             budgets = cls.preset_budgets(geometry, tokens, stages, layers is not None)
-        counts = check_counts("sparse_budgets", budgets, 1, geometry.patches, len(stages))
+        counts = check_counts("sparse_budgets", budgets, cls.fewest, geometry.patches, len(stages))
         return cls(stages, counts, **chosen)
 
     @classmethod

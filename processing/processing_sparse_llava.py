@@ -148,7 +148,7 @@ class SparseLlavaProcessor(LlavaProcessor):
             return None
         assert self.patch_size is not None
         patches = (height // self.patch_size) * (width // self.patch_size)
-        tokens = max(1, int(budget * patches + 0.5)) if isinstance(budget, float) else budget
+        tokens = max(1, round(budget * patches)) if isinstance(budget, float) else budget
         return min(patches, SURPLUS * tokens) if _is_shared(*given) else tokens
 
 

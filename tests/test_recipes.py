@@ -85,7 +85,7 @@ def test_invalid_processors(settings, message):
 
 
 # These take hours, and have tests of their own.
-LONG = ("study.py", "train_reference.py")
+LONG = ("field.py", "study.py", "train_reference.py")
 EXAMPLES = [script for script in sorted((ROOT / "examples").glob("*.py")) if script.name not in LONG]
 
 
