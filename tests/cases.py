@@ -64,7 +64,7 @@ CASES = [
     ),
     Case("random", "random", {"budget": 5, "options": {"seed": 3}}, lengths=[5] * 6),
     Case("cdpruner", "cdpruner", {"budget": 5}, lengths=[5] * 6),
-    Case("delegate", "delegate", {"budget": 5}, lengths=[5] * 6),
+    Case("delegate", "delegate", {"budget": 8}, lengths=[8] * 6),
     Case("divprune", "divprune", {"budget": 0.3}, lengths=[5] * 6),
     Case("fastv", "fastv", {"layers": [1], "budgets": [6]}, lengths=[16, 16, 6, 6, 6, 6]),
     Case("pool", "pool", {"budget": 6}, lengths=[6] * 6),

@@ -13,7 +13,7 @@ import llava_sparse
 from llava_sparse import SparseLlavaConfig
 from llava_sparse.modeling import modeling_sparse_llama
 from llava_sparse.modeling.sparsevlm import text_raters
-from llava_sparse.modeling.sparsifier import Geometry
+from llava_sparse.modeling.sparsifier import Geometry, Images
 from llava_sparse.modeling.visionzip import VisionZip
 
 LOGITS = dict(rtol=0, atol=2e-4)
@@ -261,7 +261,8 @@ def test_every_split_of_a_total_against_loops(seed, total, share):
     hidden = torch.randn(2, 17, 5, generator=random, dtype=torch.float64)
     attention = torch.rand(2, 3, 16, generator=random, dtype=torch.float64)
     keys = torch.randn(2, 3, 17, 4, generator=random, dtype=torch.float64)
-    features, kept, _, merged = method.reduce(hidden, attention, keys, torch.empty(2, 3, 0, 0))
+    reduced = method.reduce(Images(hidden, torch.empty(2, 3, 0, 0), attention, keys))
+    features, kept, merged = reduced.features, reduced.selection(4).kept, reduced.merged
     assert features.shape == (2, total, 5) and method.tokens == total
     for image in range(2):
         expected, chosen = zipped_by_hand(

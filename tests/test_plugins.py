@@ -536,7 +536,7 @@ def test_the_table_says_all_of_every_method(run):
         options = [f"{option}={value!r}" for option, value in method.option_defaults.items()]
         assert row["options"] == (", ".join(options) or "–")
     assert {name for name, row in rows.items() if row["question"] == "yes"} == {
-        "cdpruner", "fastv", "pyramiddrop", "sparsevlm",
+        "cdpruner", "delegate", "fastv", "pyramiddrop", "sparsevlm",
     }  # fmt: skip
     assert {name: rows[name]["positions"] for name in ("visionzip", "sparsevlm", "fastv", "pyramiddrop")} == {
         "visionzip": "compact: a shorter prompt",
