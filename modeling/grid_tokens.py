@@ -74,8 +74,8 @@ class UniformTokens(EncoderSparsifier):
 class PooledTokens(EncoderSparsifier):
     """Averages the patches of every cell of a regular grid, as the tower gives them.
 
-    For 64 of 24 x 24 patches, the mean of 3 x 3. Where cells are no whole patches, `uniform` need not keep one of each. `sparse_budgets` is [tokens]. No CLS; all
-    patches are the dense model. Complexity: one pass over the features.
+    For 64 of 24 x 24 patches, the mean of 3 x 3. Where cells are no whole patches, `uniform` need not keep one of each.
+    `sparse_budgets` is [tokens]. No CLS; all patches are the dense model. Complexity: one pass over the features.
     """
 
     name = "pool"
