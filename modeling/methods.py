@@ -18,6 +18,7 @@ from .sparsevlm import SparseVLM
 from .sparsifier import Geometry, Sparsifier
 from .tome import ToMe
 from .visionzip import VisionZip
+from .vispruner import VisPruner
 
 METHODS: dict[str, type[Sparsifier]] = {
     method.name: method
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Sparsifier]] = {
         ToMe,
         UniformTokens,
         VisionZip,
+        VisPruner,
     )
 }
 # Those that no method of a user's can replace.

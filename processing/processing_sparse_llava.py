@@ -36,6 +36,7 @@ ENCODER_METHODS: dict[str, tuple[Callable[[Sequence[int]], int | None], str]] = 
     "scope": (_one, "[tokens], one number"),
     "tome": (_last, "the tokens after each layer, numbers"),
     "uniform": (_one, "[tokens], one number"),
+    "vispruner": (_one, "[tokens], one number"),
     "visionzip": (_both, "[dominant, contextual], two numbers"),
 }
 DECODER_METHODS = ["fastv", "pyramiddrop", "random_decoder", "sparsevlm"]

@@ -73,6 +73,7 @@ CASES = [
     Case("scope", "scope", {"budget": 5, "options": {"alpha": 2.0}}, lengths=[5] * 6),
     Case("tome", "tome", {"budget": 5}, lengths=[5] * 6),
     Case("uniform", "uniform", {"budget": 5}, lengths=[5] * 6),
+    Case("vispruner", "vispruner", {"budget": 5}, lengths=[5] * 6),
     Case(
         "divprune+fastv",
         "divprune+fastv",

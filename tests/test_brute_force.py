@@ -17,6 +17,7 @@ from llava_sparse.modeling.scope import coverage_tokens
 from llava_sparse.modeling.sparsifier import Question, RaterAttention
 from llava_sparse.modeling.tensors import cosines
 from llava_sparse.modeling.tome import bipartite_matching, merge, merge_schedule
+from llava_sparse.modeling.vispruner import distinct_tokens
 
 QUICK = settings(max_examples=50, deadline=None)
 SEEDS = st.integers(0, 9999)
@@ -375,3 +376,19 @@ def test_last_token_scores(seed, rows, heads, raters, visual):
         for v in range(visual):
             expected = sum(probabilities[row, h, there[-1], v].item() for h in range(heads)) / heads if there else 0
             assert scores[row, v].item() == pytest.approx(expected, rel=1e-5)
+
+
+@QUICK
+@given(seed=SEEDS, patches=st.integers(1, 40), data=st.data())
+def test_distinct_tokens_against_loops(seed, patches, data):
+    count = data.draw(st.integers(0, patches))
+    x = torch.randint(0, 2, (2, patches, 16), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+    similarity = cosines(x)
+    got = distinct_tokens(similarity, torch.arange(patches).expand(2, -1), count)
+    for row in range(2):
+        tokens, s = list(range(patches)), similarity[row].tolist()
+        while len(tokens) > count:
+            even, odd = tokens[::2], tokens[1::2]
+            ranked = sorted(even, key=lambda i: -max((s[i][j] for j in odd), default=0))
+            tokens = ranked[min(8, len(tokens) - count, len(even)) :] + odd
+        assert got[row].tolist() == tokens

@@ -18,7 +18,7 @@ from llava_sparse.modeling.tome import bipartite_matching, merge
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 9999)
-ENCODERS = ["cdpruner", "delegate", "divprune", "pool", "random", "scope", "tome", "uniform", "visionzip"]
+ENCODERS = ["cdpruner", "delegate", "divprune", "pool", "random", "scope", "tome", "uniform", "visionzip", "vispruner"]
 MERGING = {"pool", "tome", "visionzip"}
 NESTED = ["delegate", "divprune", "random", "scope"]
 DIVERSE = ["cdpruner", "delegate", "divprune", "scope"]
