@@ -82,7 +82,6 @@ class VisionZip(EncoderSparsifier):
     name = "visionzip"
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)"
     summary = "keeps what CLS attends to, merges the rest into contextual tokens; does not look at the question"
-
     cost = "N H d + N M d"
     needs_attention = True
 
