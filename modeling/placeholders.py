@@ -148,7 +148,7 @@ def weigh(
         config: of the decoder.
 
     Raises:
-        ValueError: for an attention backend that takes no such mask.
+        ValueError: for an attention backend that takes no such mask, and a decoder whose layers need different ones.
     """
     backend = config._attn_implementation
     if backend not in ("sdpa", "eager"):
@@ -156,6 +156,13 @@ def weigh(
             f"attn_implementation={backend!r} takes no mask, which proportional attention needs: 'sdpa' or 'eager' is "
             "allowed, or sparse_options={'proportional': False}."
         )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise ValueError(
+            f"layer_types: {', '.join(sorted(kinds))} attention in one decoder needs a mask for each, and proportional "
+            "attention makes one: sparse_options={'proportional': False} is allowed."
+        )
+    window = None if kinds == {"full_attention"} else getattr(config, "sliding_window", None)
     embeds = inputs.embeds
     batch, new, _ = embeds.shape
     past = 0 if cache is None else cache.get_seq_length()
@@ -171,7 +178,7 @@ def weigh(
         bias = torch.cat([nn.functional.pad(known, (0, between)), bias], dim=1) if weights is not None else known
     elif weights is not None and int(past):
         bias = nn.functional.pad(bias, (int(past), 0))
-    mask = _additive_mask(inputs, bias, past, cache, getattr(config, "sliding_window", None))
+    mask = _additive_mask(inputs, bias, past, cache, window)
     if weights is None:
         return replace(inputs, attention_mask=mask)
     total = int(past) + new

@@ -13,6 +13,7 @@ from transformers import AutoConfig, CLIPVisionConfig, GemmaConfig, LlamaConfig,
 
 import llava_sparse
 from llava_sparse import SparseCLIPVisionConfig, SparseLlavaConfig
+from llava_sparse.modeling import composition
 from llava_sparse.modeling.methods import METHODS
 from llava_sparse.modeling.sparsevlm import default_budgets, default_layers
 from llava_sparse.processing import processing_sparse_llava
@@ -247,6 +248,8 @@ def test_processor_knows_the_methods():
         known = {"encoder": processing_sparse_llava.ENCODER_METHODS, "decoder": processing_sparse_llava.DECODER_METHODS}
         assert name in known[method.kind]
     assert len(METHODS) == len([*processing_sparse_llava.ENCODER_METHODS, *processing_sparse_llava.DECODER_METHODS])
+    ours = (processing_sparse_llava.JOIN, processing_sparse_llava.SURPLUS)
+    assert ours == (composition.JOIN, composition.SURPLUS)
 
 
 def test_a_stock_class_stays_dense(tmp_path, caplog):

@@ -7,6 +7,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlavaForConditionalGeneration
 
 import llava_sparse
 from llava_sparse.modeling.delegate import constituents, delegates, word_relevance
@@ -138,6 +139,36 @@ def test_what_cannot_be_weighed_says_so(model, processor):
     options = {"delegate": {"proportional": False}}
     composed = llava_sparse.sparsify(tiny.dense_model(), "delegate+fastv", budget=4, options=options)
     assert composed(**batch).logits.isfinite().all()
+
+
+def test_a_decoder_of_two_kinds_of_attention_says_so(processor):
+    """One mask for all its layers would be wrong for some of them."""
+    config = tiny.config("qwen2")
+    half = tiny.LAYERS // 2
+    config.text_config.layer_types = ["full_attention"] * half + ["sliding_attention"] * half
+    config.text_config.sliding_window = 4
+    dense = LlavaForConditionalGeneration(config).eval()
+    batch = tiny.inputs(processor, tiny.QUESTIONS)
+    with pytest.raises(ValueError, match="full_attention, sliding_attention attention in one decoder"):
+        llava_sparse.sparsify(dense, "delegate", budget=5)(**batch)
+    plain = llava_sparse.sparsify(dense, "delegate", budget=5, options={"proportional": False})
+    assert plain(**batch).logits.isfinite().all()
+
+
+def test_a_window_hides_what_is_outside_of_it(processor):
+    """With a window, weights of one are what stock attention makes of it: all patches are kept."""
+    config = tiny.config("mistral")
+    config.text_config.sliding_window = 6
+    torch.manual_seed(0)
+    dense = LlavaForConditionalGeneration(config).eval()
+    batch = tiny.inputs(processor, tiny.QUESTIONS[:1])
+    with torch.no_grad():
+        wanted = dense(**batch).logits
+        got = llava_sparse.sparsify(dense, "delegate", budget=tiny.PATCHES)(**batch).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-4)
+    config.text_config.sliding_window = None
+    with torch.no_grad():
+        assert not torch.allclose(dense(**batch).logits, wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
