@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study field bench test test-all test-gpu lint format clean
+.PHONY: help install demo study field bench test test-all test-newest test-gpu lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,15 @@ test: $(STAMP) ## the fast tests (ARGS="-k visionzip" passes arguments on)
 
 test-all: $(STAMP) ## the slow tests too
 	$(PYTEST) -m 'not gpu' $(ARGS)
+
+# Of torch alone the pinned release stays: the newest is a CUDA build of several gigabytes.
+CORE := tests/test_loading.py tests/test_generation.py tests/test_selection.py tests/test_config.py tests/test_oracles.py
+test-newest: ## the core tests with the newest releases of everything, in an environment of their own
+	rm -rf $(VENV)-newest && $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(VENV)-newest/bin/pip install --disable-pip-version-check --upgrade -e . bitsandbytes hypothesis pytest pytest-xdist
+	$(VENV)-newest/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/pytest -p no:cacheprovider $(ARGS) $(CORE)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PYTEST) -m gpu $(ARGS)

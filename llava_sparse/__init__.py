@@ -8,11 +8,15 @@ model; loading a LLaVA without `sparse_*` settings is left as it is.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
+
+import transformers
 
 from ._registration import register
 
 __version__ = "0.1.0"
+NEWEST_TESTED = "5.24"
 
 _HOMES = {
     "Selection": "modeling.sparsifier",
@@ -55,4 +59,16 @@ def __dir__() -> list[str]:
     return sorted(set(globals()) | set(_HOMES))
 
 
+def _check_version(version: str = transformers.__version__) -> None:
+    """Warns where transformers is newer than what this release was tested with."""
+    if tuple(map(int, version.split(".")[:2])) > tuple(map(int, NEWEST_TESTED.split("."))):
+        warnings.warn(
+            f"llava-sparse {__version__} has not been tested with transformers {version}, only up to {NEWEST_TESTED}: "
+            "a newer llava-sparse may be there; else, where something fails, install "
+            f"'transformers<={NEWEST_TESTED}.99'.",
+            stacklevel=3,
+        )
+
+
+_check_version()
 register()

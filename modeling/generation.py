@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from .pruned_cache import remembered, surplus
+from .pruned_cache import CACHE, remembered, surplus, the_cache
 
 
 class CandidatesAfterPrompt:
@@ -45,20 +45,22 @@ class PrunedGenerationMixin:
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        cache = the_cache(past_key_values, cache)
         # The length of the new part was found from the tokens held; the caller's ids also hold what was dropped.
-        if is_first_iteration and next_sequence_length is not None and past_key_values is not None:
-            next_sequence_length -= surplus(past_key_values)
+        if is_first_iteration and next_sequence_length is not None and cache is not None:
+            next_sequence_length -= surplus(cache)
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("visual_mask", None)
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -71,18 +73,20 @@ class PrunedGenerationMixin:
         config: Any,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Keeps the mask two-dimensional for static caches too: runs of layers make their own of it.
 
         At every step it has the same shape, so that the step is compiled once; what is to come is hidden as the future.
         """
-        if self.model.sparsifier is None and not remembered(past_key_values):
-            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
-        if attention_mask is None or inputs_embeds.shape[1] > 1 or not remembered(past_key_values):
+        cache = the_cache(past_key_values, cache)
+        if self.model.sparsifier is None and not remembered(cache):
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs)
+        if attention_mask is None or inputs_embeds.shape[1] > 1 or not remembered(cache):
             return attention_mask
-        capacity = max(getattr(layer, "max_cache_len", 0) for layer in past_key_values.layers)  # type: ignore[union-attr]
+        capacity = max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
         return nn.functional.pad(attention_mask, (0, max(0, capacity - attention_mask.shape[1])), value=1)
 
     def _expand_inputs_for_generation(

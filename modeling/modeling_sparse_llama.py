@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rows import TAP, RowTap, row_probabilities, watch
-from .pruned_cache import ShortenedPrompt, remember, remembered
+from .pruned_cache import CACHE, ShortenedPrompt, remember, remembered, the_cache
 from .sparsifier import DecoderSparsifier, RaterAttention, Selection
 from .stages import Prompt, RatingRows, apply_reductions, open_prompt, record_stage, reduce_group, trim_cache
 from .tensors import exact
@@ -78,6 +78,7 @@ class PrunedDecoderMixin:
         fingerprints: Tensor | None = None,
         numbers: tuple[Tensor, int] | None = None,
         output_selection: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Runs the decoder.
@@ -93,13 +94,14 @@ class PrunedDecoderMixin:
         Raises:
             ValueError: for visual tokens on a cache that is not empty, or a mask that is not `(batch, length)`.
         """
-        if layout is None and not set(remembered(past_key_values)) - {0}:
+        cache = the_cache(past_key_values, cache)
+        if layout is None and not set(remembered(cache)) - {0}:
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
+                **{CACHE: cache},
                 **kwargs,
             )
         if inputs_embeds is None:
@@ -112,7 +114,7 @@ class PrunedDecoderMixin:
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             layout=layout,
             tokens_per_image=tokens_per_image,
             sparsifier=sparsifier,
@@ -129,7 +131,7 @@ class PrunedDecoderMixin:
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         layout: PromptLayout | None,
         tokens_per_image: int,
         sparsifier: DecoderSparsifier | None,
@@ -139,7 +141,6 @@ class PrunedDecoderMixin:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> SparseDecoderOutput:
-        cache = past_key_values
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         past = 0 if cache is None else cache.get_seq_length()
@@ -197,10 +198,9 @@ class PrunedDecoderMixin:
                 hidden,
                 attention_mask=masks[kinds[index]],
                 position_ids=position_ids,
-                past_key_values=cache if tap is None else tap,
                 use_cache=use_cache,
                 position_embeddings=rotary,
-                **({} if tap is None else {TAP: tap}),
+                **({CACHE: cache} if tap is None else {CACHE: tap, TAP: tap}),
                 **kwargs,
             )
             if tap is not None:
@@ -216,7 +216,7 @@ class PrunedDecoderMixin:
             trim_cache(cache, sparsifier.pruned_layers, prompt, inputs_embeds.shape[1], sparsifier.positions)
         return SparseDecoderOutput(
             last_hidden_state=self.norm(hidden),
-            past_key_values=cache if use_cache else None,
+            **{CACHE: cache if use_cache else None},
             columns=None if prompt is None else prompt.columns,
             selection=tuple(selections) if output_selection else None,
         )
@@ -282,8 +282,8 @@ class PrunedDecoderMixin:
                     config=self.config,
                     inputs_embeds=hidden,
                     attention_mask=valid,
-                    past_key_values=cache,
                     layer_idx=layer,
+                    **{CACHE: cache},
                 )
         return masks, self.rotary_emb(hidden, position_ids=position_ids.to(hidden.device))
 

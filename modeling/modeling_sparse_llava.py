@@ -24,13 +24,17 @@ from .generation import PrunedGenerationMixin
 from .modeling_sparse_clip import SparseCLIPVisionModel, SparseCLIPVisionOutput
 from .modeling_sparse_llama import SPARSE_DECODERS
 from .placeholders import DecoderInputs, images_per_prompt, insert_features, newest_mask, question_of, translate, weigh
-from .pruned_cache import remember, remembered
+from .pruned_cache import CACHE, remember, remembered, the_cache
 from .sparsifier import EncoderSparsifier, Images, Question, Reduced, Selection, Sparsifier
 from .stages import numbers_by_prompt, stage_by_prompt
 from .tensors import exact
 from .token_layout import PADDING, PromptLayout
 
 IGNORED_LABEL = -100
+# transformers 5.24 keeps the whole output of the image encoder, older ones its features.
+IMAGES = next(
+    name for name in ("image_outputs", "image_hidden_states") if name in LlavaModelOutputWithPast.__dataclass_fields__
+)
 
 
 def register_weight_names() -> None:
@@ -202,6 +206,7 @@ class SparseLlavaModel(LlavaModel):
         weights: Tensor | None = None,
         question_ids: Tensor | None = None,
         output_selection: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> SparseLlavaModelOutput:
         """As LLaVA's.
@@ -229,16 +234,17 @@ class SparseLlavaModel(LlavaModel):
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
-        held = remembered(past_key_values)
+        cache = the_cache(past_key_values, cache)
+        held = remembered(cache)
         if self.sparsifier is None and not held:
             stock = super().forward(
                 input_ids=input_ids,
                 pixel_values=pixel_values,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 return_dict=True,
+                **{CACHE: cache},
                 **features_from,
                 **kwargs,
             )
@@ -250,7 +256,7 @@ class SparseLlavaModel(LlavaModel):
             features_from["image_sizes"] = image_sizes
 
         inputs = DecoderInputs(inputs_embeds, attention_mask, position_ids)
-        layout, features = None, None
+        layout, features, encoded = None, None, None
         encoder, decoder = (
             (None, None) if self.sparsifier is None else (self.sparsifier.encoder, self.sparsifier.decoder)
         )
@@ -262,31 +268,31 @@ class SparseLlavaModel(LlavaModel):
             if encoder is not None and encoder.looks_at_question:
                 images = images_per_prompt(layout, len(pixel_values), encoder.tokens, self.dense_tokens_per_image)
                 features_from["question"] = question_of(inputs_embeds, layout, images, question_ids)
-            outputs = self.get_image_features(
+            encoded = self.get_image_features(
                 pixel_values,
                 **({"output_selection": True} if output_selection else {}),
                 **features_from,
                 return_dict=True,
             )
-            features = _stacked(outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            features = _stacked(encoded.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
             dense_tokens = features.shape[1] if encoder is None else self.dense_tokens_per_image
-            inputs, layout, images = insert_features(inputs, layout, features, dense_tokens, past_key_values)
+            inputs, layout, images = insert_features(inputs, layout, features, dense_tokens, cache)
             if decoder is not None:
                 drawn = decoder.fingerprints(pixel_values)
                 fingerprints = None if drawn is None else torch.stack([part.sum() for part in drawn.split(images)])
             if encoder is not None and decoder is not None:
-                numbers = numbers_by_prompt(outputs.numbers, images, self.patches_per_image, encoder.new_tokens)
-            weights = getattr(outputs, "weights", None)
+                numbers = numbers_by_prompt(encoded.numbers, images, self.patches_per_image, encoder.new_tokens)
+            weights = getattr(encoded, "weights", None)
             stages = tuple(
                 stage_by_prompt(stage, images, self.patches_per_image)
-                for stage in getattr(outputs, "selection", None) or ()
+                for stage in getattr(encoded, "selection", None) or ()
             )
         elif visual_mask is not None:
             layout = PromptLayout.of(visual_mask, newest_mask(attention_mask, inputs_embeds.shape[1]))
         if 0 in held and inputs.shortened is None:
-            inputs = translate(inputs, held[0], past_key_values)
+            inputs = translate(inputs, held[0], cache)
         if weights is not None or (0 in held and held[0].bias is not None):
-            inputs = weigh(inputs, layout, weights, past_key_values, self.config.text_config)
+            inputs = weigh(inputs, layout, weights, cache, self.config.text_config)
 
         decoder_arguments: dict[str, Any] = {}
         if decoder is not None and layout is not None and any(layout.visual_counts):
@@ -304,13 +310,13 @@ class SparseLlavaModel(LlavaModel):
         outputs = self.language_model(
             attention_mask=inputs.attention_mask,
             position_ids=inputs.position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs.embeds,
+            **{CACHE: cache},
             **decoder_arguments,
             **kwargs,
         )
-        if inputs.shortened is not None and outputs.past_key_values is not None:
-            remember(outputs.past_key_values, 0, inputs.shortened)
+        if inputs.shortened is not None and getattr(outputs, CACHE) is not None:
+            remember(getattr(outputs, CACHE), 0, inputs.shortened)
         pruned, columns = getattr(outputs, "selection", None) or (), getattr(outputs, "columns", None)
         if inputs.columns is not None:
             # The decoder counts in what it was given.
@@ -318,10 +324,10 @@ class SparseLlavaModel(LlavaModel):
             pruned = tuple(replace(stage, raters=_of_caller(stage.raters, inputs.columns)) for stage in pruned)
         return SparseLlavaModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=None if features is None else features.flatten(0, 1),
+            **{CACHE: getattr(outputs, CACHE)},
+            **_image_output(encoded),
             columns=columns,
             selection=stages + pruned if output_selection else None,
         )
@@ -344,6 +350,13 @@ class SparseLlavaModel(LlavaModel):
         assert inputs_embeds is not None
         embedding = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
         return (inputs_embeds == embedding).all(-1)
+
+
+def _image_output(encoded: BaseModelOutputWithPooling | None) -> dict[str, Any]:
+    """The field of the stock output that holds the features of all images."""
+    if encoded is None or IMAGES == "image_outputs":
+        return {IMAGES: encoded}
+    return {IMAGES: torch.cat(list(encoded.pooler_output))}
 
 
 def _of_caller(columns: Tensor, known: Tensor) -> Tensor:
@@ -422,6 +435,7 @@ class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditi
         visual_mask: Tensor | None = None,
         question_ids: Tensor | None = None,
         output_selection: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> SparseLlavaOutput:
         """As LLaVA's; see `SparseLlavaModel.forward` for `visual_mask`, `question_ids` and `output_selection`.
@@ -435,7 +449,6 @@ class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -443,6 +456,7 @@ class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditi
             visual_mask=visual_mask,
             question_ids=question_ids,
             output_selection=output_selection,
+            **{CACHE: the_cache(past_key_values, cache)},
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -461,10 +475,9 @@ class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, LlavaForConditi
         return SparseLlavaOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            **{name: getattr(outputs, name) for name in (CACHE, IMAGES)},
             columns=outputs.columns,
             selection=outputs.selection,
         )

@@ -8,6 +8,7 @@ mask and positions of the tokens that follow.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +17,23 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from .token_layout import following_positions
+
+# What transformers calls the argument and the output that hold the cache: `cache` from 5.24 on.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+def the_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache that a caller passes under either of its names.
+
+    Raises:
+        ValueError: if both are given and differ.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("cache and past_key_values are two names of one argument; pass one of them.")
+    return past_key_values if cache is None else cache
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import tiny
@@ -365,3 +366,28 @@ def test_travelling_files_import_only_their_folder():
             assert not re.search(r"^\s*from\s+(\.\.|\.\s+import)", text, re.MULTILINE), file
             for name in re.findall(r"^\s*from\s+\.(\S+)\s+import", text, re.MULTILINE):
                 assert name in names, f"{file.name} imports .{name}"
+
+
+def test_a_newer_transformers_warns_once():
+    with pytest.warns(UserWarning, match=r"not been tested with transformers 5\.999\.1, only up to"):
+        llava_sparse._check_version("5.999.1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for version in ("5.18.0", f"{llava_sparse.NEWEST_TESTED}.7", "4.57.1"):
+            llava_sparse._check_version(version)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_in_under_both_names(dense, processor, name):
+    """transformers 5.24 renamed the argument; both names work with every release."""
+    model = llava_sparse.sparsify(dense, "visionzip", budget=6)
+    batch = tiny.inputs(processor, tiny.QUESTIONS[0])
+    out = model(**batch, use_cache=True)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    step = {"input_ids": torch.tensor([[7]]), "attention_mask": mask}
+    held = next(getattr(out, key) for key in ("cache", "past_key_values") if key in out)
+    assert out.past_key_values is held
+    assert model(**step, **{name: held}).logits.shape[1] == 1
+    assert held.get_seq_length() == batch["input_ids"].shape[1] - 16 + 6 + 1
+    with pytest.raises(ValueError, match="two names"):
+        model(**step, cache=held, past_key_values=copy.copy(held))

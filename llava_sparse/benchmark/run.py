@@ -16,6 +16,7 @@ from transformers import CompileConfig
 import llava_sparse
 from llava_sparse.evaluation.report import check_output, versions
 from llava_sparse.evaluation.runs import DENSE, Run, plan_runs
+from llava_sparse.modeling.pruned_cache import CACHE
 from llava_sparse.plugins import plugin_files
 from llava_sparse.reference import CHECKPOINT
 
@@ -266,7 +267,7 @@ class Subject:
         Operations are those of one prompt; bytes those of the batch.
         """
         outputs = self._prompt()
-        layers = outputs.past_key_values.layers
+        layers = getattr(outputs, CACHE).layers
         lengths = [layer.keys.shape[2] for layer in layers]
         kv_bytes = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
         one = Subject(self.model, {name: value[:1] for name, value in self.inputs.items()}, self.clock, 1)
@@ -349,7 +350,7 @@ class Subject:
                     input_ids=token,
                     attention_mask=mask,
                     position_ids=mask.sum(-1, keepdim=True) - 1,
-                    past_key_values=outputs.past_key_values,
+                    **{CACHE: getattr(outputs, CACHE)},
                     use_cache=True,
                 )
                 token = said.logits[:, -1].argmax(-1, keepdim=True)

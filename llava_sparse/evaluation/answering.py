@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from llava_sparse.modeling.placeholders import question_of
+from llava_sparse.modeling.pruned_cache import CACHE
 from llava_sparse.modeling.sparsifier import Images, Selection
 from llava_sparse.modeling.stages import numbers_by_prompt
 from llava_sparse.modeling.token_layout import PromptLayout
@@ -182,7 +183,7 @@ class Asker:
         words = self._embed(torch.tensor([before] * len(pixels), dtype=torch.long, device=pixels.device))
         embeds = torch.cat([words, features.to(words.device, words.dtype)], dim=1)
         outputs = self.model(inputs_embeds=embeds, attention_mask=_ones(embeds), use_cache=True, logits_to_keep=1)
-        return _Encoded(features, selection, outputs.past_key_values, embeds.shape[1])
+        return _Encoded(features, selection, getattr(outputs, CACHE), embeds.shape[1])
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)
@@ -199,7 +200,7 @@ class Asker:
             input_ids=suffixes,
             attention_mask=mask,
             position_ids=positions[:, encoded.prefix_length :],
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
             logits_to_keep=1,
         )
@@ -285,7 +286,7 @@ class Asker:
             scores = (logits[:, yes] - logits[:, no]).tolist()
             texts = [YES if score > 0 else NO for score in scores if score is not None]
         else:
-            texts = self._generate(logits, outputs.past_key_values, mask)
+            texts = self._generate(logits, getattr(outputs, CACHE), mask)
         masks = [[stage[row] for stage in kept] for row in range(len(texts))]
         return [Answer(*answer) for answer in zip(texts, scores, masks, tokens, strict=True)]
 
@@ -301,7 +302,7 @@ class Asker:
                 input_ids=said[-1][:, None],
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
                 logits_to_keep=1,
             )
