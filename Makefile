@@ -45,14 +45,15 @@ bench: $(STAMP) ## the benchmark of a small shape, compared with what is in benc
 	$(BIN)/python benchmarks/compare.py results/bench.json benchmarks/results/cpu-small.json
 
 # One thread: the tests' tiny models gain nothing from more, and on a busy machine threads waiting for each other make
-# them many times slower.
+# them many times slower. Two processes share the tests; ARGS="-n 0" is for a debugger or -s.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+PARALLEL := -n 2 --dist worksteal
 
 test: $(STAMP) ## the fast tests (ARGS="-k visionzip" passes arguments on)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(PARALLEL) $(ARGS)
 
 test-all: $(STAMP) ## the slow tests too
-	$(PYTEST) -m 'not gpu' $(ARGS)
+	$(PYTEST) $(PARALLEL) -m 'not gpu' $(ARGS)
 
 # Of torch alone the pinned release stays: the newest is a CUDA build of several gigabytes.
 CORE := tests/test_loading.py tests/test_generation.py tests/test_selection.py tests/test_config.py tests/test_oracles.py

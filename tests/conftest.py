@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_EVALUATE_OFFLINE"] = "1"
+# What is cached (code of Hub folders, datasets, metrics) is not in the user's home, nor shared by test processes.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="llava-sparse-tests-")
+os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")
+os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["HF_HOME"], "datasets")
 
-import tempfile
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,8 @@ import tiny
 import torch
 
 import llava_sparse
+
+CACHES = Path(os.environ["HF_HOME"])
 
 # Tiny tensors: a second thread only waits, and far worse when the cores are shared.
 torch.set_num_threads(1)
@@ -58,9 +65,5 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _module_cache():
-    """Code of Hub folders is cached: not in the user's home."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault("HF_MODULES_CACHE", folder)
-        yield
+def pytest_unconfigure():
+    shutil.rmtree(CACHES, ignore_errors=True)

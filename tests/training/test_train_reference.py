@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_sparse.reference import CHECKPOINT, SCENES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 

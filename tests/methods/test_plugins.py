@@ -30,7 +30,7 @@ from llava_sparse.processing import processing_sparse_llava as processing
 from llava_sparse.reference import SCENES
 
 PICTURE = str(SCENES / "images" / "scene_000001.jpg")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_method.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_method.py"
 
 ENCODER = """
 from dataclasses import dataclass

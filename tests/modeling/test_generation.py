@@ -513,8 +513,9 @@ def test_gradient_checkpointing(model, processor):
 def test_threads_do_not_mix_requests(model, processor):
     from concurrent.futures import ThreadPoolExecutor
 
-    batches = [tiny.inputs(processor, question, seed=row) for row, question in enumerate(tiny.QUESTIONS)] * 4
-    expected = [generate(model, batch) for batch in batches]
+    batches = [tiny.inputs(processor, question, seed=row) for row, question in enumerate(tiny.QUESTIONS)]
+    expected = [generate(model, batch) for batch in batches] * 4
+    batches *= 4
     with ThreadPoolExecutor(4) as pool:
         for got, want in zip(pool.map(lambda batch: generate(model, batch), batches), expected, strict=True):
             assert torch.equal(got, want)

@@ -18,7 +18,7 @@ from llava_sparse.evaluation.build import Ranking, build_pope, question_about, r
 from llava_sparse.evaluation.data import SPLITS
 from llava_sparse.reference import SCENES
 
-OFFICIAL = Path(__file__).parent / "data" / "pope"
+OFFICIAL = Path(__file__).parents[1] / "data" / "pope"
 SCENE_OBJECTS = SCENES / "objects.jsonl"
 Entries = dict[str, list[dict]]
 

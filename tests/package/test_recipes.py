@@ -17,7 +17,7 @@ from llava_sparse import SparseLlavaConfig, SparseLlavaProcessor
 from llava_sparse.modeling.methods import METHODS
 from llava_sparse.processing.processing_sparse_llava import _budget
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.parent for path in (ROOT / "hub_configs").glob("*/config.json"))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import llava_sparse
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MAPPED = {"modeling": "llava_sparse.modeling", "processing": "llava_sparse.processing"}
 PORTABLE = sorted(path for folder in MAPPED for path in (ROOT / folder).glob("*.py"))
 

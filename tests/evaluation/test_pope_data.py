@@ -17,7 +17,7 @@ from llava_sparse.evaluation import load_pope
 from llava_sparse.evaluation.data import FEATURES, SPLITS, _spread
 from llava_sparse.reference import SCENES
 
-OFFICIAL = Path(__file__).parent / "data" / "pope"
+OFFICIAL = Path(__file__).parents[1] / "data" / "pope"
 
 
 def question(number: int, **changes) -> dict:

@@ -18,7 +18,7 @@ from pope_tables import columns, encoded, stored_as, table, with_metadata
 from llava_sparse.evaluation import data_checks, load_pope
 from llava_sparse.evaluation.data import DROPPED_BY_LLAVA, FEATURES, SPLITS
 
-OFFICIAL = Path(__file__).parent / "data" / "pope"
+OFFICIAL = Path(__file__).parents[1] / "data" / "pope"
 
 
 @pytest.fixture(autouse=True)

@@ -141,7 +141,7 @@ def test_answers_are_those_of_generate_whatever_the_batches(reference):
 CROSSED = ["dense", "visionzip", "sparsevlm", "sparsevlm:version=2.0"]
 
 
-@pytest.mark.parametrize("mode", ["text", "logits"])
+@pytest.mark.parametrize("mode", [pytest.param("text", marks=pytest.mark.slow), "logits"])
 def test_grouping_changes_no_prediction(reference, mode):
     grouped, alone = (
         evaluate_pope(reference, methods=CROSSED, limit=10, answer_mode=mode, grouped=grouped, batch_size=7)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import study  # noqa: E402
 
 
+@pytest.mark.slow
 def test_every_table_and_figure_of_the_page(tmp_path, monkeypatch):
     few = {"budgets": ["dense", "visionzip", "random"], "depth": ["dense"]}
     parts = [replace(p, methods=few.get(p.name, p.methods), budgets=(64,), seeds=(0,)) for p in study.PARTS]

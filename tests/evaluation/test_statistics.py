@@ -20,7 +20,7 @@ from llava_sparse.evaluation.curves import score_rates
 from llava_sparse.metrics.pope.pope import Pope
 
 SPLITS = ("random", "popular", "adversarial")
-DATA = Path(__file__).parent / "data" / "pope"
+DATA = Path(__file__).parents[1] / "data" / "pope"
 
 
 def answer(image, question, label, parsed, split="random", **more):

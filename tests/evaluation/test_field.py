@@ -6,12 +6,15 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
+
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import field  # noqa: E402
 
 
+@pytest.mark.slow
 def test_every_table_and_figure_of_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(field, "list_methods", lambda: ["delegate", "random", "visionzip"])
     monkeypatch.setattr(field, "ABLATIONS", field.ABLATIONS[:1])

@@ -50,6 +50,7 @@ def whole(tmp_path_factory) -> list[bytes]:
     return written(folder)
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_and_continued(whole, tmp_path):
     lines = whole[1].count(b"\n")
     drawn = random.Random(0)
@@ -83,6 +84,7 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
     assert json.loads((tmp_path / "run.timing.json").read_text())["processes"] == 2
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_fails_the_run_and_loses_nothing(whole, tmp_path):
     process = pope(tmp_path, launch=LAUNCH, start_new_session=True)
     log = tmp_path / "run.answers.jsonl"
