@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 POPE = [
     "-m",
     "llava_sparse.cli",
@@ -50,7 +51,6 @@ def whole(tmp_path_factory) -> list[bytes]:
     return written(folder)
 
 
-@pytest.mark.slow
 def test_killed_at_random_points_and_continued(whole, tmp_path):
     lines = whole[1].count(b"\n")
     drawn = random.Random(0)
@@ -84,7 +84,6 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
     assert json.loads((tmp_path / "run.timing.json").read_text())["processes"] == 2
 
 
-@pytest.mark.slow
 def test_a_process_that_dies_fails_the_run_and_loses_nothing(whole, tmp_path):
     process = pope(tmp_path, launch=LAUNCH, start_new_session=True)
     log = tmp_path / "run.answers.jsonl"

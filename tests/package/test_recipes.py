@@ -89,7 +89,13 @@ LONG = ("field.py", "study.py", "train_reference.py")
 EXAMPLES = [script for script in sorted((ROOT / "examples").glob("*.py")) if script.name not in LONG]
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, id=script.name, marks=[pytest.mark.slow] * (script.name == "evaluate_pope.py"))
+        for script in EXAMPLES
+    ],
+)
 def test_example_runs_offline(script, tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
