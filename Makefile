@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study field bench test test-all test-newest test-gpu lint format clean
+.PHONY: help install demo study field recipes bench test test-all test-newest test-gpu lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ study: $(STAMP) ## every run, table and figure of docs/study.md; resumes
 
 field: $(STAMP) ## all methods at all budgets: every number of docs/field.md; resumes
 	$(BIN)/python examples/field.py --results results/field --page docs/field.md $(ARGS)
+
+recipes: $(STAMP) ## hub_configs, from the table of llava_sparse/recipes.py
+	$(BIN)/python -m llava_sparse.recipes hub_configs
 
 # Of a shape with random weights; only ratios to the dense model are compared.
 BENCH := --shape small --methods visionzip,sparsevlm --budgets 64 --batch-sizes 1,4 --new-tokens 16

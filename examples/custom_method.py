@@ -9,12 +9,13 @@ Runs offline on the embedded reference model; the file is also a plugin of the c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 
 import llava_sparse
-from llava_sparse.modeling.sparsifier import EncoderSparsifier, Images, Reduced
+from llava_sparse.modeling.pruning_methods import EncoderSparsifier
+from llava_sparse.modeling.pruning_settings import option
+from llava_sparse.modeling.pruning_types import VisionFeatures, VisualTokens
 
 
 @llava_sparse.register_method
@@ -24,15 +25,13 @@ class Norm(EncoderSparsifier):
 
     name = "norm"
     summary = "keeps the patches whose features are longest, or shortest"
-    option_defaults: ClassVar[dict[str, Any]] = {"shortest": False}
 
-    shortest: bool = False
+    shortest: bool = option(False, "whether the shortest stay instead")
 
-    def reduce(self, images: Images) -> Reduced:
-        patches = images.hidden[:, 1:]  # CLS is first
-        scores = patches.float().norm(dim=-1)
+    def reduce(self, vision: VisionFeatures) -> VisualTokens:
+        scores = vision.features.float().norm(dim=-1)
         order = scores.argsort(dim=-1, descending=not self.shortest, stable=True)
-        return Reduced.kept(patches, order[:, : self.tokens].sort(dim=-1).values, scores)
+        return VisualTokens.kept(vision.features, order[:, : self.tokens].sort(dim=-1).values, scores)
 
 
 def main() -> None:

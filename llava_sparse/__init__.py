@@ -13,50 +13,58 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from ._registration import register
+from .auto import register
+from .modeling.configuration_sparse_llava import SparseCLIPVisionConfig, SparseLlavaConfig
+from .modeling.pruning_registry import list_methods, register_method
+from .modeling.pruning_types import Selection
 
 __version__ = "0.1.0"
 NEWEST_TESTED = "5.24"
 
-_HOMES = {
-    "Selection": "modeling.sparsifier",
-    "SparseCLIPVisionConfig": "modeling.configuration_sparse_llava",
+# Public names whose modules cost seconds that a configuration does not need; None for a module of that name.
+_LATER = {
     "SparseCLIPVisionModel": "modeling.modeling_sparse_clip",
-    "SparseLlamaModel": "modeling.modeling_sparse_llama",
-    "SparseLlavaConfig": "modeling.configuration_sparse_llava",
+    "SparseLlamaModel": "modeling.modeling_sparse_text",
     "SparseLlavaForConditionalGeneration": "modeling.modeling_sparse_llava",
     "SparseLlavaModel": "modeling.modeling_sparse_llava",
-    "SparseLlavaProcessor": "processing.processing_sparse_llava",
-    "list_methods": "modeling.methods",
-    "register_method": "plugins",
-    "sparsify": "conversion",
+    "SparseLlavaProcessor": "processing",
+    "hub": None,
+    "sparsify": "convert",
 }
 
-__all__ = ["__version__", "register", *sorted(_HOMES)]
+__all__ = [
+    "Selection",
+    "SparseCLIPVisionConfig",
+    "SparseLlavaConfig",
+    "__version__",
+    "list_methods",
+    "register",
+    "register_method",
+    *sorted(_LATER),
+]
 
 if TYPE_CHECKING:
-    from .conversion import sparsify
-    from .modeling.configuration_sparse_llava import SparseCLIPVisionConfig, SparseLlavaConfig
-    from .modeling.methods import list_methods
+    from . import hub
+    from .convert import sparsify
     from .modeling.modeling_sparse_clip import SparseCLIPVisionModel
-    from .modeling.modeling_sparse_llama import SparseLlamaModel
     from .modeling.modeling_sparse_llava import SparseLlavaForConditionalGeneration, SparseLlavaModel
-    from .modeling.sparsifier import Selection
-    from .plugins import register_method
-    from .processing.processing_sparse_llava import SparseLlavaProcessor
+    from .modeling.modeling_sparse_text import SparseLlamaModel
+    from .processing import SparseLlavaProcessor
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name on first use: model classes cost seconds that a configuration does not need."""
-    if name not in _HOMES:
+    """Imports a public name on first use."""
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home = _LATER[name]
+    value = importlib.import_module(f"{__name__}.{home or name}")
+    value = value if home is None else getattr(value, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_HOMES))
+    return sorted(set(globals()) | set(_LATER))
 
 
 def _check_version(version: str = transformers.__version__) -> None:

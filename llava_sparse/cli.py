@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from .preparation import load_plugins, prepare
+from .preparation import prepare
 from .progress import Advance
 
 app = typer.Typer(
@@ -30,7 +30,6 @@ log = Console(stderr=True)
 INTERRUPTED = 130
 
 Model = Annotated[str | None, typer.Option(help="Hub id or folder of a LLaVA; the reference model if left out.")]
-Budget = Annotated[int, typer.Option(help="Visual tokens retained, as the papers' tables count.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: what suits the device.")]
 Device = Annotated[str, typer.Option(help="What torch calls it, or auto: the first GPU, else the CPU.")]
 Attention = Annotated[str | None, typer.Option(help="Attention backend: sdpa, eager, flash_attention_2, ...")]
@@ -44,12 +43,43 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _budget(text: str | float) -> float:
+    """A number of tokens, or a ratio: what has a point in it."""
+    text = str(text).strip()
+    try:
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: a whole number or a ratio (0.25) is allowed") from None
+
+
+def _budgets(text: str) -> list[float]:
+    return [_budget(part) for part in text.split(",")]
+
+
+def _check_budgets(text: str) -> str:
+    try:
+        _budgets(text)
+    except typer.BadParameter:
+        raise typer.BadParameter(
+            f"{text!r}: whole numbers or ratios (0.25), separated by commas, are allowed"
+        ) from None
+    return text
+
+
 def _check_numbers(text: str) -> str:
     try:
         _numbers(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r}: whole numbers, separated by commas, are allowed") from None
     return text
+
+
+Budget = Annotated[
+    float,
+    typer.Option(
+        parser=_budget, metavar="NUMBER", help="Visual tokens retained, as the papers' tables count, or a ratio (0.25)."
+    ),
+]
 
 
 @app.command(epilog="Example: llava-sparse pope --methods dense,visionzip,sparsevlm --budgets 192,128,64 -o run.json")
@@ -72,7 +102,9 @@ def pope(
     ] = "dense,visionzip,sparsevlm",
     budgets: Annotated[
         str,
-        typer.Option("--budget", "--budgets", callback=_check_numbers, help="Visual tokens retained, e.g. 192,128,64."),
+        typer.Option(
+            "--budget", "--budgets", callback=_check_budgets, help="Visual tokens retained, e.g. 192,128,64, or ratios."
+        ),
     ] = "64",
     seeds: Annotated[
         str, typer.Option(callback=_check_numbers, help="Of methods that draw at random, e.g. 0,1,2.")
@@ -111,7 +143,7 @@ def pope(
             model,
             dataset,
             split_methods(methods),
-            _numbers(budgets),
+            _budgets(budgets),
             seeds=_numbers(seeds),
             batch_size=batch_size,
             limit=limit,
@@ -265,7 +297,7 @@ def bench(
         str, typer.Option(help="Methods, separated by commas; options behind colons.")
     ] = "visionzip,sparsevlm",
     budgets: Annotated[
-        str, typer.Option("--budget", "--budgets", callback=_check_numbers, help="Visual tokens retained.")
+        str, typer.Option("--budget", "--budgets", callback=_check_budgets, help="Visual tokens retained, or ratios.")
     ] = "64",
     batch_sizes: Annotated[str, typer.Option(callback=_check_numbers, help="Prompts at a time, e.g. 1,8,32.")] = "1",
     text_tokens: Annotated[str, typer.Option(callback=_check_numbers, help="Words of a prompt, e.g. 40,400.")] = "40",
@@ -301,7 +333,7 @@ def bench(
         names, places = split_methods(methods), (_numbers(batch_sizes), _numbers(text_tokens))
         if profile is not None:
             tables = run_profile(
-                model, shape, names, _numbers(budgets), batch_size=places[0][0], text_tokens=places[1][0],
+                model, shape, names, _budgets(budgets), batch_size=places[0][0], text_tokens=places[1][0],
                 dtype=dtype, device=device, folder=profile,
             )  # fmt: skip
         else:
@@ -309,7 +341,7 @@ def bench(
                 model,
                 shape,
                 names,
-                _numbers(budgets),
+                _budgets(budgets),
                 batch_sizes=places[0],
                 text_tokens=places[1],
                 attn_implementations=_names(attn_implementations) or (),
@@ -339,6 +371,7 @@ def bench(
 def methods(plugins: Plugins = None) -> None:
     """List the methods, with their kind, options, costs and papers."""
     from .method_table import print_methods
+    from .plugins import load_plugins
 
     load_plugins(plugins)
     print_methods()

@@ -7,9 +7,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from .modeling.methods import METHODS, TRIAL, TRIAL_BUDGET
-from .modeling.sparsevlm import LAYERS, SparseVLM
-from .modeling.sparsifier import Sparsifier
+from .modeling.pruning_methods import Sparsifier
+from .modeling.pruning_registry import METHODS, TRIAL, TRIAL_BUDGET
+from .modeling.pruning_settings import Sparsity, option_defaults, option_fields
 
 COLUMNS = ("name", "kind", "question", "positions", "options", "cost", "what it does", "paper")
 NARROW = ("name, kind, question", "positions, options", "cost, what it does, paper")
@@ -25,13 +25,14 @@ def positions(method: type[Sparsifier]) -> str:
     """What becomes of position ids by default, where something was pruned."""
     if method.kind == "encoder":
         return "compact: a shorter prompt"
-    if issubclass(method, SparseVLM) and "version" in method.option_defaults:
-        versions: dict[str, list[str]] = {}
-        for version in LAYERS:
-            policy = method.resolve(TRIAL, TRIAL_BUDGET, None, None, {"version": version}).positions
-            versions.setdefault(policy, []).append(version)
-        return ", ".join(f"{policy} ({', '.join(those)})" for policy, those in sorted(versions.items()))
-    return method.resolve(TRIAL, TRIAL_BUDGET, None, None, None).positions
+    versions = option_fields(method).get("version")
+    if versions is None:
+        return method.resolve(TRIAL, Sparsity(method.name, TRIAL_BUDGET)).positions
+    of: dict[str, list[str]] = {}
+    for version in versions.metadata["option"]["choices"]:
+        settings = Sparsity(method.name, TRIAL_BUDGET, options={"version": version})
+        of.setdefault(method.resolve(TRIAL, settings).positions, []).append(version)
+    return ", ".join(f"{policy} ({', '.join(those)})" for policy, those in sorted(of.items()))
 
 
 def method_table(narrow: bool = False) -> Table:
@@ -45,7 +46,7 @@ def method_table(narrow: bool = False) -> Table:
         shown.add_column(column, overflow="fold")
     for name, method in sorted(METHODS.items()):
         question = "yes" if method.looks_at_question else "no"
-        options = [f"{option}={default!r}" for option, default in method.option_defaults.items()] or ["–"]
+        options = [f"{option}={default!r}" for option, default in option_defaults(method).items()] or ["–"]
         cells = [name, method.kind, question, positions(method), ", ".join(options)]
         cells += [method.cost, method.summary, method.paper]
         if narrow:

@@ -7,15 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def load_plugins(paths: Sequence[Path] | None) -> None:
-    """Makes the methods of plugin files known; raises what `load_plugin` does."""
-    if paths:
-        from .plugins import load_plugin
-
-        for path in paths:
-            load_plugin(path)
-
-
 def prepare(plugins: Sequence[Path] | None = None) -> None:
     """Loads plugins, leaves the screen to our own progress and messages, and busy cores to others."""
     import datasets
@@ -29,7 +20,10 @@ def prepare(plugins: Sequence[Path] | None = None) -> None:
     datasets.utils.logging.set_verbosity_error()
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "getloadavg"):
         torch.set_num_threads(free_threads(torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]))
-    load_plugins(plugins)
+    if plugins:
+        from .plugins import load_plugins
+
+        load_plugins(plugins)
 
 
 def free_threads(wanted: int, cores: int, load: float) -> int:

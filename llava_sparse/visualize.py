@@ -14,7 +14,7 @@ from PIL import Image
 from .drawing import Array, Stage, Trace, draw
 from .evaluation.models import DENSE, LoadedModel, ask, check_methods, fill_prompt, load_model, read_picture
 from .evaluation.report import check_output
-from .modeling.sparsifier import Selection
+from .modeling.pruning_types import Selection
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -24,7 +24,7 @@ def visualize(
     image: str | Path | Image.Image,
     question: str,
     methods: Sequence[str] = ("visionzip", "sparsevlm"),
-    budget: int = 64,
+    budget: float = 64,
 ) -> Figure:
     """Shows how methods prune one picture for one question: a row for each method, a panel for each of its stages.
 
@@ -32,7 +32,7 @@ def visualize(
         model: a loaded model, or the name that `load_model` takes; None for the embedded reference model.
         image: a picture or its file.
         methods: names of `llava_sparse.list_methods()`, and `"dense"`.
-        budget: visual tokens retained, for all methods but dense.
+        budget: visual tokens retained, or a ratio of the patches, for all methods but dense.
 
     Returns:
         a figure, for `savefig` or for a notebook to show.
@@ -68,12 +68,12 @@ def model_view(processor: Any, picture: Image.Image) -> Array:
 
 
 @torch.inference_mode()
-def trace(loaded: LoadedModel, picture: Image.Image, question: str, method: str, budget: int | None = None) -> Trace:
+def trace(loaded: LoadedModel, picture: Image.Image, question: str, method: str, budget: float | None = None) -> Trace:
     """Asks a model about a picture, and records what was pruned on the way.
 
     Args:
         method: a method, or dense.
-        budget: visual tokens retained; without meaning for dense.
+        budget: visual tokens retained, or a ratio of the patches; without meaning for dense.
 
     Raises:
         ValueError: for an unknown method, an invalid budget, a question with an image token.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel
 
-from .tensors import to_float
+from .pruning_ops import to_float
 
 
 @lru_cache(maxsize=2)
@@ -17,9 +17,14 @@ def load_clip(name: str, device: torch.device) -> Any:
     """A CLIP model in float32, for reading; the last two that were asked for stay loaded.
 
     Raises:
-        OSError: if there is none of this name.
+        OSError: if there is none of this name, or none in safetensors.
     """
-    return CLIPModel.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False).to(device)
+    return (
+        CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        .eval()
+        .requires_grad_(False)
+        .to(device)
+    )
 
 
 def question_parts(ids: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:

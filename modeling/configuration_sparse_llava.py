@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformers import CLIPVisionConfig, LlavaConfig
+from transformers.utils import logging
 
-from .checks import nearest
-from .methods import FIELDS, method_classes, resolve_fields
-from .sparsifier import Geometry, Sparsifier
+from .pruning_builtin import VisionZip as VisionZip  # With it, all methods are registered.
+from .pruning_methods import Sparsifier
+from .pruning_registry import method_classes, resolve
+from .pruning_settings import FIELDS, Sparsity, as_lists, nearest, option_fields, shown
+from .pruning_types import Geometry
 
 DECODERS = ("llama", "mistral", "qwen2")
 ENCODERS = ("clip_vision_model", "sparse_clip_vision_model")
+EXPANDED = ("sparse_layers", "sparse_budgets")
+
+logger = logging.get_logger(__name__)
 
 
 def build_sparsifier(config: Any) -> Sparsifier | None:
@@ -21,87 +30,162 @@ def build_sparsifier(config: Any) -> Sparsifier | None:
     Works on any object that has the fields and the sizes, so that every copy of a configuration class will do.
 
     Raises:
-        ValueError: for every invalid combination, naming the field, the value and what is allowed.
+        ValueError: for every invalid combination, naming the field, what is allowed and what was given.
     """
-    fields = {name: getattr(config, name, None) for name in FIELDS}
+    return build_method(config, Sparsity.read(getattr(config, "_given", config)))
+
+
+def build_method(config: Any, settings: Sparsity) -> Sparsifier | None:
+    """The method that settings describe for the model of a configuration, or None.
+
+    Raises:
+        ValueError: as `build_sparsifier`.
+    """
     text = getattr(config, "text_config", None)
     vision = getattr(config, "vision_config", config)
-    method = fields["sparse_method"]
-    for part in () if method is None else method_classes(method):
-        _check_parts(part, part.name, vision, text, getattr(config, "vision_feature_layer", -2))
-    feature_layers = getattr(config, "vision_feature_layer", -2)
-    feature_layers = [feature_layers] if isinstance(feature_layers, int) else list(feature_layers)
-    feature_layer = feature_layers[0]
+    feature_layer = getattr(config, "vision_feature_layer", -2)
+    for part in () if settings.method is None else method_classes(settings.method):
+        _check_parts(part, vision, text, feature_layer)
+    layer = feature_layer if isinstance(feature_layer, int) else feature_layer[0]
     geometry = Geometry(
         patches=(vision.image_size // vision.patch_size) ** 2,
         encoder_layers=vision.num_hidden_layers,
         decoder_layers=0 if text is None else text.num_hidden_layers,
         # hidden_states[j] is the output of layer j - 1, and hidden_states[-j] that of layer -j.
-        feature_layer=feature_layer - 1 if feature_layer > 0 else feature_layer,
+        feature_layer=layer - 1 if layer > 0 else layer,
     )
-    return resolve_fields(fields, geometry)
+    method = resolve(settings, geometry)
+    if method is not None:
+        _check_agreement(method, settings, geometry)
+        _tell_apart(settings.budget, geometry.patches)
+    return method
 
 
-def _check_parts(method: type[Sparsifier], name: str, vision: Any, text: Any, feature_layer: int | list[int]) -> None:
+def _check_parts(method: type[Sparsifier], vision: Any, text: Any, feature_layer: int | list[int]) -> None:
     """Refuses a method whose kind of model part is missing or not supported."""
+    name = f"`sparse_method`={method.name!r}"
+    layers = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     if method.kind == "decoder":
         if text is None:
-            raise ValueError(f"sparse_method={name!r} works in a decoder; a vision tower alone takes encoder methods.")
+            raise ValueError(f"{name} works in a decoder; a vision tower alone takes encoder methods.")
         if text.model_type not in DECODERS:
             raise ValueError(
-                f"sparse_method={name!r} does not support the text backbone {text.model_type!r}; supported: "
-                f"{', '.join(DECODERS)}. Encoder methods (visionzip) work with any."
+                f"{name} does not support the text backbone {text.model_type!r}; supported: {', '.join(DECODERS)}. "
+                "Encoder methods (visionzip) work with any."
             )
-    elif text is None and getattr(method, "place", None) == "projector":
-        raise ValueError(f"sparse_method={name!r} works behind a LLaVA's projector; a vision tower alone has none.")
+    elif method.place == "projector" and text is None:
+        raise ValueError(f"{name} works behind a LLaVA's projector; a vision tower alone has none.")
     elif vision.model_type not in ENCODERS:
-        raise ValueError(f"sparse_method={name!r} works in a CLIP vision tower, not in {vision.model_type!r}.")
-    elif not isinstance(feature_layer, int) and len(feature_layer) > 1:
+        if method.place == "projector":
+            return
         raise ValueError(
-            f"sparse_method={name!r} reduces the features of one layer; this model's projector takes those of several "
-            f"(vision_feature_layer={list(feature_layer)})."
+            f"{name} works in a CLIP vision tower, not in {vision.model_type!r}; methods behind the projector "
+            "(divprune) and in the decoder (sparsevlm) work with any."
         )
-    elif feature_layer in (0, [0]):
-        raise ValueError(f"sparse_method={name!r} needs the attention of a layer; vision_feature_layer=0 is none.")
+    elif len(layers) > 1:
+        raise ValueError(
+            f"{name} reduces the features of one layer; this model's projector takes those of several "
+            f"(vision_feature_layer={layers})."
+        )
+    elif layers == [0]:
+        raise ValueError(f"{name} needs the attention of a layer; vision_feature_layer=0 is none.")
 
 
-def as_lists(values: Any) -> list[Any]:
-    """Nested tuples as lists, which is what configurations and results hold."""
-    return [as_lists(value) if isinstance(value, tuple) else value for value in values]
+def _check_agreement(method: Sparsifier, settings: Sparsity, geometry: Geometry) -> None:
+    """Refuses a budget beside budgets that it does not stand for."""
+    if settings.budget is None or settings.budgets is None or method.kind == "composition":
+        return
+    try:
+        meant: Any = resolve(replace(settings, budgets=None), geometry)
+    except ValueError:
+        return  # Of these layers the budget does not say what it stands for.
+    same = meant.tokens == method.tokens if method.kind == "encoder" else meant.budgets == method.budgets  # type: ignore[attr-defined]
+    if not same:
+        raise ValueError(
+            f"`sparse_budget`={shown(settings.budget)} stands for `sparse_budgets`={as_lists(meant.budgets)}, which "
+            f"contradicts the given {shown(settings.budgets)}: leave one of the two out."
+        )
+
+
+def _tell_apart(budget: Any, patches: int) -> None:
+    if budget == 1 and isinstance(budget, int | float) and patches > 1:
+        other = f"all {patches} tokens; 1 keeps one" if isinstance(budget, float) else "one token; 1.0 keeps all"
+        logger.warning_once(f"sparse_budget={budget!r} keeps {other}.")
+
+
+def expansion(method: Sparsifier | None) -> dict[str, Any]:
+    """The layers and budgets of a method, as fields hold them."""
+    if method is None:
+        return dict.fromkeys(EXPANDED)
+    return {"sparse_layers": as_lists(method.layers), "sparse_budgets": as_lists(method.budgets) or None}
 
 
 class SparseFieldsMixin:
     """The five fields: checked, and expanded to layers and budgets, when a configuration is made.
 
-    Attributes:
-        sparse_method: a name of `list_methods()`, an encoder and a decoder method joined by "+" (see `Composition` for
-            the other fields then), or None for the dense model.
-        sparse_budget: visual tokens retained per image, as the papers' tables count; a float is a ratio of the patches.
-        sparse_layers: the layers at which the method acts.
-        sparse_budgets: tokens per stage and image.
-        sparse_options: the method's own options.
+    What a budget expands to can be read from `sparse_layers` and `sparse_budgets`, follows a budget that is changed,
+    and is not saved; layers and budgets given by hand are. See `Sparsity` for the fields.
     """
 
     model_type: ClassVar[str]
-    sparse_layers: list[Any] | dict[str, Any] | None
-    sparse_budgets: list[Any] | dict[str, Any] | None
+    _given: dict[str, Any]
+    # Called when a configuration with these fields is made; the package registers its models then.
+    when_made: ClassVar[list[Callable[[], None]]] = []
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in [name for name in kwargs if name.startswith("sparse_")]:
             raise ValueError(f"{name} is no setting{nearest(name, FIELDS)}; there are: {', '.join(FIELDS)}.")
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.expand_sparsity()
+        for act in self.when_made:
+            act()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in FIELDS and "_given" in self.__dict__:
+            self._given[name] = value
+            try:
+                self.expand_sparsity()
+            except ValueError:  # Other fields may follow; what is wrong then is told when the model is made.
+                self._show({name: self._given[name] for name in EXPANDED})
+
+    def take_sparsity(self, settings: Sparsity) -> None:
+        """Sets all five fields; raises ValueError as `build_sparsifier`."""
+        self.__dict__["_given"] = settings.fields()
+        self.expand_sparsity()
 
     def expand_sparsity(self) -> None:
-        """Checks the fields and writes the layers and budgets that they stand for."""
-        sparsifier = build_sparsifier(self)
-        if sparsifier is not None:
-            self.sparse_layers = as_lists(sparsifier.layers)
-            self.sparse_budgets = as_lists(sparsifier.budgets) or None
+        """Checks the fields and shows the layers and budgets that they stand for.
+
+        Raises:
+            ValueError: as `build_sparsifier`.
+        """
+        given = self._given = Sparsity.read(self.__dict__.get("_given", self)).fields()
+        shown = expansion(build_sparsifier(self))
+        if given["sparse_budget"] is not None and any(given[name] is not None for name in EXPANDED):
+            # Older versions saved what a budget had expanded to beside it.
+            alone = Sparsity.read(given | dict.fromkeys(EXPANDED))
+            with suppress(ValueError):
+                if expansion(build_method(self, alone)) == shown == {name: given[name] for name in EXPANDED}:
+                    given.update(dict.fromkeys(EXPANDED))
+        self._show(given | shown)
+
+    def _show(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', without what the given fields expand to."""
+        content: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return content | content.pop("_given", {})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', with `sparse_*` keywords in place of what a checkpoint holds of the same method."""
+        """As transformers', with `sparse_*` keywords in place of what a checkpoint holds of the same method.
+
+        Raises:
+            ValueError: also for an option that names something to be loaded, where only the checkpoint says so.
+        """
         config_dict = merge_sparse_fields(cls, config_dict, kwargs)
         # A stock checkpoint names the stock type, by which transformers would look up the names of the weights.
         if config_dict.pop("model_type", cls.model_type) != cls.model_type:
@@ -112,33 +196,56 @@ class SparseFieldsMixin:
 def merge_sparse_fields(config_class: Any, config_dict: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Moves `sparse_*` keywords from `kwargs` into a copy of `config_dict`.
 
-    A new method drops all settings of the old one. Layers and budgets that the saved settings expand to anyway are
-    expanded anew from the new ones; those that were given by hand stay.
+    A new method drops all settings of the old one. Otherwise a new budget replaces budgets by hand, and the reverse;
+    what a saved budget had expanded to is expanded anew.
     """
     given = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("sparse_")}
     merged = dict(config_dict)
     if "sparse_method" in given and given["sparse_method"] != merged.get("sparse_method"):
         merged.update(dict.fromkeys(FIELDS))
     given = {name: value for name, value in given.items() if value is not None or name == "sparse_method"}
+    if "sparse_options" not in given:
+        refuse_named_files(merged)
     if given and merged.get("sparse_method") is not None:
-        if "sparse_budgets" in given and "sparse_budget" not in given:
-            merged.pop("sparse_budget", None)
-        for name, also in (("sparse_budgets", {}), ("sparse_layers", {"sparse_budgets": None})):
-            if _is_expansion(config_class, config_dict, name, also):
-                merged.pop(name, None)
-        if "sparse_budget" in given:
-            merged.pop("sparse_budgets", None)
+        merged.update(_by_hand(config_class, merged))
+        for name, other in (("sparse_budget", "sparse_budgets"), ("sparse_budgets", "sparse_budget")):
+            if name in given and other not in given:
+                merged[other] = None
     return {**merged, **given}
 
 
-def _is_expansion(config_class: Any, saved: dict[str, Any], name: str, also: dict[str, Any]) -> bool:
-    """Whether a saved field is what the others expand to, and not a choice of its own."""
-    trial = {**copy.deepcopy(saved), **also, name: None}
-    trial.pop("model_type", None)
+def _by_hand(config_class: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved fields without what others of them expand to."""
     try:
-        return getattr(config_class(**trial), name) == saved.get(name)
+        made = config_class(**{k: copy.deepcopy(v) for k, v in saved.items() if k != "model_type"})
     except ValueError:
-        return False
+        return {}
+    given: dict[str, Any] = made._given
+    return given
+
+
+def refuse_named_files(settings: Any) -> None:
+    """Refuses saved options that name something to be loaded: only who loads a checkpoint may name that.
+
+    Args:
+        settings: a mapping with `sparse_method` and `sparse_options`.
+
+    Raises:
+        ValueError: with the keyword that names it.
+    """
+    method, options = settings.get("sparse_method"), settings.get("sparse_options")
+    if method is None or not isinstance(options, dict):
+        return
+    classes = method_classes(method)
+    for cls in classes:
+        own = options if len(classes) == 1 else options.get(cls.name)
+        for name, f in option_fields(cls).items():
+            known = f.metadata.get("option", {})
+            if known.get("from_caller") and isinstance(own, dict) and own.get(name) is not None:
+                raise ValueError(
+                    f"the checkpoint's sparse_options name a model to be loaded, {name}={shown(own[name])}; it is "
+                    f"loaded only if you name it: from_pretrained(..., sparse_options={shown(options)})."
+                )
 
 
 class SparseCLIPVisionConfig(SparseFieldsMixin, CLIPVisionConfig):
@@ -147,10 +254,10 @@ class SparseCLIPVisionConfig(SparseFieldsMixin, CLIPVisionConfig):
     model_type = "sparse_clip_vision_model"
 
     sparse_method: str | None = None
-    sparse_budget: int | float | list[Any] | dict[str, Any] | None = None
-    sparse_layers: list[Any] | dict[str, Any] | None = None
-    sparse_budgets: list[Any] | dict[str, Any] | None = None
-    sparse_options: dict[str, Any] | None = None
+    sparse_budget: Any = None
+    sparse_layers: Any = None
+    sparse_budgets: Any = None
+    sparse_options: Any = None
 
 
 class SparseLlavaConfig(SparseFieldsMixin, LlavaConfig):
@@ -159,7 +266,7 @@ class SparseLlavaConfig(SparseFieldsMixin, LlavaConfig):
     model_type = "sparse_llava"
 
     sparse_method: str | None = None
-    sparse_budget: int | float | list[Any] | dict[str, Any] | None = None
-    sparse_layers: list[Any] | dict[str, Any] | None = None
-    sparse_budgets: list[Any] | dict[str, Any] | None = None
-    sparse_options: dict[str, Any] | None = None
+    sparse_budget: Any = None
+    sparse_layers: Any = None
+    sparse_budgets: Any = None
+    sparse_options: Any = None

@@ -13,27 +13,25 @@ from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_rows import TAP, RowTap, row_probabilities, watch
 from .configuration_sparse_llava import SparseCLIPVisionConfig, build_sparsifier
-from .sparsifier import EncoderSparsifier, Images, Selection
-from .tensors import exact
-from .tome import ToMe, merging_layer
+from .pruning_attention import TAP, RowTap, row_probabilities, watch
+from .pruning_ops import autocast_disabled, image_fingerprints
+from .pruning_types import Selection, VisionFeatures, VisualTokens
 
 
 @dataclass
 class SparseCLIPVisionOutput(BaseModelOutputWithPooling):
-    """Adds the stage to the stock output.
+    """Adds to the stock output.
 
     Attributes:
-        numbers, weights: `(images, tokens)`, what the tokens are, and for how many each counts: see `Reduced`.
+        tokens: what a method made of the images.
+        vision: what a method behind the projector needs; nothing is reduced yet: `last_hidden_state` is all patches.
         selection: one stage, where tokens were reduced and the record was asked for.
-        images: what a method behind the projector needs; nothing is reduced yet: `last_hidden_state` is all patches.
     """
 
-    numbers: Tensor | None = None
-    weights: Tensor | None = None
+    tokens: VisualTokens | None = None
+    vision: VisionFeatures | None = None
     selection: tuple[Selection, ...] | None = None
-    images: Images | None = None
 
 
 class SparseCLIPVisionModel(CLIPVisionModel):
@@ -49,10 +47,11 @@ class SparseCLIPVisionModel(CLIPVisionModel):
 
     def __init__(self, config: SparseCLIPVisionConfig) -> None:
         super().__init__(config)
-        self.sparsifier = build_sparsifier(config)
+        self.sparsifier: Any = build_sparsifier(config)
         self.watch_layers()
 
     def watch_layers(self) -> None:
+        """Lets the layers' attention hand out the rows that a method asks for."""
         for layer in self.encoder.layers:
             watch(layer.self_attn)
 
@@ -61,25 +60,27 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         self,
         pixel_values: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        sparsifier: EncoderSparsifier | None = None,
+        sparsifier: Any = None,
         depths: Sequence[int] | None = None,
         output_selection: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Encodes `(images, 3, height, width)` pixels.
+        """Encodes `(images, 3, height, width)` pixels; arguments as the stock class's, and
 
         Args:
-            sparsifier: a method for this call; by default the configuration's.
+            sparsifier: an `EncoderSparsifier` for this call; by default the configuration's.
             depths: return the outputs after these many layers, concatenated over channels, instead of running all
                 layers; not together with a method.
             output_selection: whether to return the stage.
         """
-        sparsifier = sparsifier or (self.sparsifier if depths is None else None)  # type: ignore[assignment]
+        sparsifier = sparsifier or (self.sparsifier if depths is None else None)
         if sparsifier is None and depths is None:
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        return self._forward_short(
-            pixel_values, interpolate_pos_encoding, sparsifier, tuple(depths or ()), output_selection, **kwargs
-        )
+        outputs = self._forward_short(pixel_values, interpolate_pos_encoding, sparsifier, depths, **kwargs)
+        if output_selection and outputs.tokens is not None:
+            layer = sparsifier.feature_layer % len(self.encoder.layers)
+            outputs.selection = (outputs.tokens.selection(layer),)
+        return outputs
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -87,53 +88,41 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         self,
         pixel_values: Tensor,
         interpolate_pos_encoding: bool,
-        sparsifier: EncoderSparsifier | None,
-        depths: tuple[int, ...],
-        output_selection: bool,
+        method: Any,
+        depths: Sequence[int] | None,
         **kwargs: Any,
     ) -> SparseCLIPVisionOutput:
-        layers: Any = self.encoder.layers
-        used = -1 if sparsifier is None else sparsifier.feature_layer % len(layers)
         hidden = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
-        if isinstance(sparsifier, ToMe):
-            return self._reduced(used, self._merge(hidden, pixel_values, sparsifier), sparsifier, output_selection)
-        outputs = [hidden]
-        tap = None
-        for index, layer in enumerate(layers[: max(depths, default=0) if sparsifier is None else used + 1]):
-            if index != used or sparsifier is None or not sparsifier.needs_attention:
-                hidden = layer(hidden, None, **kwargs)
-            else:
-                cls = torch.zeros(hidden.shape[0], 1, dtype=torch.int64, device=hidden.device)
-                tap = RowTap(cls, project_keys=True)
-                hidden = layer(hidden, None, **{TAP: tap}, **kwargs)
-            outputs.append(hidden)
-        if sparsifier is None:
-            return SparseCLIPVisionOutput(last_hidden_state=torch.cat([outputs[d] for d in depths], dim=-1))
-        images = Images(hidden, pixel_values)
-        if tap is not None:
-            rows = row_probabilities(tap.query, tap.key, layers[used].self_attn.scale)
-            images = replace(images, cls_attention=rows[:, :, 0, 1:], keys=tap.key)
-        if sparsifier.place == "projector":
-            return SparseCLIPVisionOutput(last_hidden_state=hidden[:, 1:], images=images)
-        return self._reduced(used, images, sparsifier, output_selection)
+        if method is None:
+            outputs = [hidden]
+            for layer in self.encoder.layers[: max(depths)]:  # type: ignore[arg-type]
+                outputs.append(layer(outputs[-1], None, **kwargs))
+            chosen = torch.cat([outputs[depth] for depth in depths], dim=-1)  # type: ignore[union-attr]
+            return SparseCLIPVisionOutput(last_hidden_state=chosen)
+        rows, columns = (size // self.config.patch_size for size in pixel_values.shape[-2:])
+        vision = self._features(method, hidden, (rows, columns), **kwargs)
+        if method.draws:
+            vision = replace(vision, fingerprints=image_fingerprints(pixel_values))
+        if method.place == "projector":
+            return SparseCLIPVisionOutput(last_hidden_state=vision.features, vision=vision)
+        with autocast_disabled(vision.features):
+            tokens = method.reduce(vision)
+        return SparseCLIPVisionOutput(last_hidden_state=tokens.features, tokens=tokens)
 
-    def _reduced(
-        self, layer: int, images: Images, sparsifier: EncoderSparsifier, output_selection: bool
-    ) -> SparseCLIPVisionOutput:
-        with exact(images.hidden):
-            reduced = sparsifier.reduce(images)
-        selection = (reduced.selection(layer),) if output_selection else None
-        return SparseCLIPVisionOutput(
-            last_hidden_state=reduced.features, numbers=reduced.numbers, weights=reduced.weights, selection=selection
-        )
-
-    def _merge(self, hidden: Tensor, pixels: Tensor, sparsifier: ToMe) -> Images:
-        """Runs the layers of a method that merges inside them."""
+    def _features(self, method: Any, hidden: Tensor, grid: tuple[int, int], **kwargs: Any) -> VisionFeatures:
+        """What the method sees: the output of its layer, with the attention of CLS there if it needs that."""
         layers: Any = self.encoder.layers
-        places = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-        size = None
-        for index, layer in enumerate(layers[: sparsifier.feature_layer % len(layers) + 1]):
-            removed = sparsifier.removed(index, len(layers), hidden.shape[1] - 1)
-            hidden, size, moved = merging_layer(layer, hidden, size, removed, 1, sparsifier.proportional)
-            places = places.to(hidden.device) if moved is None else moved.gather(1, places.to(hidden.device))
-        return Images(hidden, pixels, places=places)
+        if method.place == "layers":
+            hidden, places = method.run_layers(layers, hidden)
+            # CLS is token 0 throughout.
+            return VisionFeatures(hidden[:, 1:], grid, hidden[:, 0], sources=places[:, 1:] - 1)
+        used = method.feature_layer % len(layers)
+        for layer in layers[:used]:
+            hidden = layer(hidden, None, **kwargs)
+        if not method.needs_attention:
+            hidden = layers[used](hidden, None, **kwargs)
+            return VisionFeatures(hidden[:, 1:], grid, hidden[:, 0])
+        tap = RowTap(torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device), project_keys=True)
+        hidden = layers[used](hidden, None, **{TAP: tap}, **kwargs)
+        saliency = row_probabilities(tap.query, tap.key, layers[used].self_attn.scale)[:, :, 0, 1:]
+        return VisionFeatures(hidden[:, 1:], grid, hidden[:, 0], saliency, tap.key[:, :, 1:])

@@ -1,1 +1,18 @@
-"""Processors: every file here may travel to a Hub repository on its own."""
+"""Processors; with the package they check settings as the models' configurations do."""
+
+from typing import Any
+
+from llava_sparse.modeling.pruning_registry import entering
+from llava_sparse.modeling.pruning_settings import Sparsity
+
+from . import processing_sparse_llava as _own
+from .processing_sparse_llava import SparseLlavaProcessor, question_ids
+
+__all__ = ["SparseLlavaProcessor", "question_ids"]
+
+
+def _count(settings: dict[str, Any], patches: int) -> int | None:
+    return entering(Sparsity.read(settings), patches)
+
+
+_own.count_tokens = _count

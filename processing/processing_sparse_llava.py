@@ -10,51 +10,12 @@ import torch
 from transformers import AutoTokenizer, LlavaProcessor
 
 JOIN = "+"
-SURPLUS = 2
+FIELDS = ("sparse_method", "sparse_budget", "sparse_layers", "sparse_budgets", "sparse_options")
 
-
-def _one(budgets: Sequence[int]) -> int | None:
-    return budgets[0] if len(budgets) == 1 else None
-
-
-def _last(budgets: Sequence[int]) -> int | None:
-    return budgets[-1] if budgets else None
-
-
-def _both(budgets: Sequence[int]) -> int | None:
-    return sum(budgets) if len(budgets) == 2 else None
-
-
-# The files of this folder import none of the model's, so that either can be pushed alone; a test compares the names.
-# How many tokens of each image an encoder method's `sparse_budgets` leave, and what is allowed in them.
-ENCODER_METHODS: dict[str, tuple[Callable[[Sequence[int]], int | None], str]] = {
-    "cdpruner": (_one, "[tokens], one number"),
-    "delegate": (_one, "[tokens], one number"),
-    "divprune": (_one, "[tokens], one number"),
-    "pool": (_one, "[tokens], one number"),
-    "random": (_one, "[tokens], one number"),
-    "scope": (_one, "[tokens], one number"),
-    "tome": (_last, "the tokens after each layer, numbers"),
-    "uniform": (_one, "[tokens], one number"),
-    "vispruner": (_one, "[tokens], one number"),
-    "visionzip": (_both, "[dominant, contextual], two numbers"),
-}
-DECODER_METHODS = ["fastv", "pyramiddrop", "random_decoder", "sparsevlm"]
-
-
-def register_method(name: str, kind: str, like: str | None = None) -> None:
-    """Lets processors know a method of a user's.
-
-    Args:
-        like: a known encoder method whose `sparse_budgets` mean the same; by default they are [tokens].
-    """
-    ENCODER_METHODS.pop(name, None)
-    if name in DECODER_METHODS:
-        DECODER_METHODS.remove(name)
-    if kind == "encoder":
-        ENCODER_METHODS[name] = (_one, "[tokens], one number") if like is None else ENCODER_METHODS[like]
-    else:
-        DECODER_METHODS.append(name)
+# Of settings as `sparse_*` fields and the patches of an image, the tokens that enter the decoder, None for all of them.
+# The package puts its own here, which checks the settings as a model does. These files import none of the model's, so
+# that a processor can be pushed alone: without the package it writes as many tokens as it was saved with.
+count_tokens: Callable[[dict[str, Any], int], int | None] | None = None
 
 
 class SparseLlavaProcessor(LlavaProcessor):
@@ -65,10 +26,14 @@ class SparseLlavaProcessor(LlavaProcessor):
     (CDPruner) it also returns `question_ids`, the question in that CLIP model's vocabulary.
 
     Args:
-        sparse_method, sparse_budget, sparse_budgets, sparse_options: the same as in the model's configuration.
+        image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
+            num_additional_image_tokens: as of `LlavaProcessor`.
+        sparse_method, sparse_budget, sparse_layers, sparse_budgets, sparse_options: as in the model's configuration.
+        sparse_tokens: what the settings come to for an image of the image processor's size; saved, and for processors
+            that are loaded without the package.
 
     Raises:
-        ValueError: for an unknown method, a budget that is no positive number, or a budget without a method.
+        ValueError: for all that a model's configuration refuses, as far as it does not depend on its layers.
     """
 
     def __init__(
@@ -82,24 +47,17 @@ class SparseLlavaProcessor(LlavaProcessor):
         num_additional_image_tokens: int = 0,
         sparse_method: str | None = None,
         sparse_budget: Any = None,
+        sparse_layers: Any = None,
         sparse_budgets: Any = None,
         sparse_options: dict[str, Any] | None = None,
+        sparse_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
-        unknown = [name for name in kwargs if name.startswith("sparse_") and name != "sparse_layers"]
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]} is no setting; there are: sparse_method, sparse_budget, sparse_budgets, sparse_options."
-            )
-        self.sparse_method = sparse_method
-        # One number is kept and saved: a budget given when it is loaded again must not meet older budgets.
-        given = (sparse_method, sparse_budget, sparse_budgets, sparse_options)
-        tokens = _budget(*given)
-        kept = [tokens, None] if JOIN in str(sparse_method) and not _is_shared(*given) else tokens
-        self.sparse_budget = sparse_budget if tokens is None else kept
-        self.sparse_budgets = None
-        clip = _clip(sparse_method, sparse_options)
-        self.sparse_options = None if clip is None else {"clip": clip}
+        for name in [name for name in kwargs if name.startswith("sparse_")]:
+            raise ValueError(f"{name} is no setting; there are: {', '.join(FIELDS)}.")
+        self.sparse_method, self.sparse_budget, self.sparse_layers = sparse_method, sparse_budget, sparse_layers
+        self.sparse_budgets, self.sparse_options = sparse_budgets, sparse_options
+        self.sparse_tokens = sparse_tokens
         super().__init__(
             image_processor,
             tokenizer,
@@ -110,9 +68,34 @@ class SparseLlavaProcessor(LlavaProcessor):
             num_additional_image_tokens,
             **kwargs,
         )
+        size = getattr(image_processor, "crop_size", None)
+        if count_tokens is not None and patch_size and size:
+            self.sparse_tokens = self._tokens(size["height"], size["width"])
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'; a setting given by keyword replaces the saved ones that it contradicts."""
+        saved = dict(processor_dict)
+        given = [name for name in FIELDS if name in kwargs and kwargs[name] != saved.get(name)]
+        if given and count_tokens is None:
+            raise ValueError(f"{given[0]}: settings of a processor can be changed where llava_sparse is imported.")
+        if "sparse_method" in given:
+            saved = {name: value for name, value in saved.items() if name not in FIELDS or name == "sparse_budget"}
+        for name, other in (("sparse_budget", "sparse_budgets"), ("sparse_budgets", "sparse_budget")):
+            if name in given and other not in given:
+                saved.pop(other, None)
+        if given:
+            saved.pop("sparse_tokens", None)
+        clip = _clip(saved.get("sparse_method"), saved.get("sparse_options"))
+        if clip is not None and "sparse_options" not in kwargs:
+            raise ValueError(
+                f"the processor's sparse_options name a model to be loaded, clip={clip!r}; it is loaded only if you "
+                f"name it: from_pretrained(..., sparse_options={saved['sparse_options']!r})."
+            )
+        return super().from_args_and_dict(args, saved, **kwargs)
 
     def __call__(self, images: Any = None, text: Any = None, question: Any = None, **kwargs: Any) -> Any:
-        """As LLaVA's.
+        """Arguments as of `LlavaProcessor`, and
 
         Args:
             question: the question of each prompt, for CLIP; by default what stands behind the last image, without the
@@ -129,8 +112,7 @@ class SparseLlavaProcessor(LlavaProcessor):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         dense = super().replace_image_token(image_inputs, image_idx, **kwargs)
-        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-        tokens = self._tokens(height, width)
+        tokens = self._tokens(*image_inputs["pixel_values"][image_idx].shape[-2:])
         return dense if tokens is None else self.image_token * tokens
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
@@ -143,14 +125,10 @@ class SparseLlavaProcessor(LlavaProcessor):
 
     def _tokens(self, height: int, width: int) -> int | None:
         """Placeholders of an image of so many pixels; None for those of the dense model."""
-        given = (self.sparse_method, self.sparse_budget, self.sparse_budgets, self.sparse_options)
-        budget = _budget(*given)
-        if budget is None:
-            return None
-        assert self.patch_size is not None
-        patches = (height // self.patch_size) * (width // self.patch_size)
-        tokens = max(1, round(budget * patches)) if isinstance(budget, float) else budget
-        return min(patches, SURPLUS * tokens) if _is_shared(*given) else tokens
+        if count_tokens is not None:
+            patches = (height // self.patch_size) * (width // self.patch_size)
+            return count_tokens({name: getattr(self, name) for name in FIELDS}, patches)
+        return self.sparse_tokens
 
 
 def question_ids(clip: str, questions: Sequence[str]) -> torch.Tensor:
@@ -169,65 +147,9 @@ def _question(text: str, image_token: str) -> str:
     return text.rpartition(image_token)[2].strip().removesuffix("ASSISTANT:").strip()
 
 
-def _clip(method: str | None, options: dict[str, Any] | None) -> str | None:
+def _clip(method: Any, options: Any) -> str | None:
     """The CLIP model that a method's options name."""
-    own = options or {}
-    if method is not None and JOIN in method:
-        own = own.get(method.partition(JOIN)[0]) or own
-    return own.get("clip")
-
-
-def _is_shared(method: str | None, budget: Any, budgets: Any, options: dict[str, Any] | None) -> bool:
-    """Whether `sparse_budget` is a composition's single number: the encoder method takes `SURPLUS` times as much."""
-    if method is None or JOIN not in method or not isinstance(budget, int | float):
-        return False
-    encoder = method.partition(JOIN)[0]
-    own = (options or {}).get(encoder) or {}
-    return own.get("budget") is None and own.get("budgets") is None and _first(budgets, encoder) is None
-
-
-def _budget(method: str | None, budget: Any, budgets: Any, options: dict[str, Any] | None = None) -> int | float | None:
-    """The encoder method's budget, tokens of an image or a ratio of them; None for the dense number."""
-    if method is None:
-        if budget is not None or budgets is not None:
-            raise ValueError("sparse_budget and sparse_budgets need sparse_method.")
-        return None
-    encoder = method
+    own = options if isinstance(options, dict) else {}
     if isinstance(method, str) and JOIN in method:
-        encoder, _, decoder = method.partition(JOIN)
-        if encoder not in ENCODER_METHODS or decoder not in DECODER_METHODS:
-            raise ValueError(
-                f"sparse_method={method!r} is unknown; one of {', '.join(ENCODER_METHODS)}, then {JOIN!r}, then one of "
-                f"{', '.join(DECODER_METHODS)} is allowed."
-            )
-        own = (options or {}).get(encoder) or {}
-        budgets = _first(budgets, encoder) if own.get("budgets") is None else own["budgets"]
-        budget = _first(budget, encoder) if own.get("budget") is None else own["budget"]
-    if encoder in DECODER_METHODS:
-        return None
-    if encoder not in ENCODER_METHODS:
-        allowed = ", ".join([*ENCODER_METHODS, *DECODER_METHODS])
-        raise ValueError(f"sparse_method={method!r} is unknown; allowed: {allowed}, None.")
-    if budgets is not None:
-        count, allowed = ENCODER_METHODS[encoder]
-        entries = list(budgets) if isinstance(budgets, list | tuple) else []
-        counts = [n for n in entries if isinstance(n, int) and not isinstance(n, bool) and n >= 0]
-        budget = count(counts) if len(counts) == len(entries) else None
-        if budget is None:
-            raise ValueError(f"sparse_budgets={budgets!r}: {allowed} of tokens, is allowed for {encoder!r}.")
-    is_ratio = isinstance(budget, float) and 0 < budget <= 1
-    if not is_ratio and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
-        raise ValueError(
-            f"sparse_method={method!r} needs sparse_budget, a positive number of tokens or a ratio up to 1.0, not "
-            f"{budget!r}."
-        )
-    return budget
-
-
-def _first(value: Any, name: str) -> Any:
-    """The encoder method's part of a composition's field."""
-    if isinstance(value, dict):
-        return value.get(name)
-    if isinstance(value, list | tuple):
-        return value[0] if value else None
-    return value
+        own = own.get(method.partition(JOIN)[0]) or own
+    return own.get("clip") if isinstance(own, dict) else None

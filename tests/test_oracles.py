@@ -33,11 +33,11 @@ from transformers import LlamaConfig
 
 from llava_sparse import SparseCLIPVisionConfig, SparseCLIPVisionModel, SparseLlavaConfig
 from llava_sparse import SparseLlavaForConditionalGeneration as SparseLlava
-from llava_sparse.modeling.cdpruner import CDPruner, conditional_dpp, normalised
 from llava_sparse.modeling.clip_text import clip_embeddings, clip_relevance, question_parts
-from llava_sparse.modeling.divprune import DivPrune, max_min_tokens
-from llava_sparse.modeling.scope import Scope, coverage_tokens
-from llava_sparse.modeling.sparsevlm import (
+from llava_sparse.modeling.method_cdpruner import CDPruner, conditional_dpp, normalised
+from llava_sparse.modeling.method_divprune import DivPrune, max_min_tokens
+from llava_sparse.modeling.method_scope import Scope, coverage_tokens
+from llava_sparse.modeling.method_sparsevlm import (
     SparseVLM,
     attention_rank,
     corrected_heads,
@@ -45,9 +45,9 @@ from llava_sparse.modeling.sparsevlm import (
     gravity,
     text_raters,
 )
-from llava_sparse.modeling.sparsifier import Images, Question, RaterAttention
-from llava_sparse.modeling.tensors import cosines
-from llava_sparse.modeling.tome import bipartite_matching, merge, merging_layer
+from llava_sparse.modeling.method_tome import bipartite_matching, merge, merging_layer
+from llava_sparse.modeling.pruning_ops import cosines
+from llava_sparse.modeling.pruning_types import Question, RaterAttention, VisionFeatures
 
 SCORED = {
     "visionzip": ["case_*.safetensors"],
@@ -58,6 +58,7 @@ SCORED = {
     "divprune": ["select_*.safetensors", "e2e_*.safetensors"],
     "scope": ["select_*.safetensors"],
     "cdpruner": ["select_*.safetensors", "tower_*.safetensors"],
+    "llava_next": ["case_vispruner_*.safetensors"],
 }
 
 
@@ -446,7 +447,7 @@ def test_tome_tower(path):
     assert_close(got.last_hidden_state, want[last + "out"][:, 1:], last + "out")
     source = want["source"][:, 1:] - 1
     own = torch.arange(source.shape[1])
-    assert torch.equal(got.numbers.gather(1, source), torch.where(stage.merge_map < 0, own, stage.merge_map))
+    assert torch.equal(got.tokens.patch_index.gather(1, source), torch.where(stage.merge_map < 0, own, stage.merge_map))
     size = want.get(last + "size", torch.ones(want[last + "out"].shape[:2]))[:, 1:]
     assert torch.equal(stage.scores, 1 / size.gather(1, source))
     assert torch.equal((stage.merge_map < 0).sum(1), (size == 1).sum(1))
@@ -455,15 +456,14 @@ def test_tome_tower(path):
 # --- DivPrune ----------------------------------------------------------------------------------------------------
 
 
-def images(features: torch.Tensor, **known: torch.Tensor) -> Images:
-    """Features `(images, patches, channels)` as a tower's output, with a CLS."""
-    hidden = torch.nn.functional.pad(features, (0, 0, 1, 0))
-    return Images(hidden, features.new_zeros(len(features), 3, 1, 1), **known)
+def images(features: torch.Tensor, **known: torch.Tensor) -> VisionFeatures:
+    """Features `(images, patches, channels)` as a tower's output."""
+    return VisionFeatures(features, (1, features.shape[1]), **known)
 
 
 def assert_kept(reduced, features: torch.Tensor, kept: torch.Tensor, what: str) -> None:
     """The features of the images, unchanged, and which they are."""
-    assert torch.equal(reduced.numbers, kept), what
+    assert torch.equal(reduced.patch_index, kept), what
     assert torch.equal(reduced.features, features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))), what
 
 
@@ -508,7 +508,7 @@ def test_divprune_model(path):
     )
     model = SparseLlava._from_config(config).eval()
     model.get_input_embeddings().weight[:words] = want["embed_tokens"]
-    tower = images(want["features"][None]).hidden
+    tower = torch.nn.functional.pad(want["features"][None], (0, 0, 1, 0))
     model.model.vision_tower.encoder.layers[-2].register_forward_hook(lambda *_: tower)
     model.model.multi_modal_projector = torch.nn.Identity()
     given: dict = {}
@@ -538,7 +538,7 @@ def test_scope_selection(path):
     alpha, combined, margins = float(info["alpha"]), info["combined"], json.loads(info["margins"])
     features = want["features"]
     saliency = want.get("cls_attention_sum", torch.ones(features.shape[:2]))
-    tower = images(features, cls_attention=saliency[:, None])
+    tower = images(features, saliency=saliency[:, None])
     for prefix in settings(want, "selected"):
         selected, kept = want[prefix + "selected"], want[prefix + "kept"]
         count = selected.shape[1]
@@ -584,7 +584,7 @@ def test_cdpruner_relevance(path, monkeypatch):
     if len(relevance) > 1:
         return
     assert_close(ours, want["relevance"], "relevance")
-    monkeypatch.setattr(CDPruner, "relevance", lambda self, images: relevance)
+    monkeypatch.setattr(CDPruner, "relevance", lambda self, vision: relevance)
     features = want["features"]
     for prefix in settings(want, "order"):
         kept = want[prefix + "kept"]
@@ -605,8 +605,8 @@ def test_cdpruner_clip(path, tmp_path):
     tower = SparseCLIPVisionModel._from_config(SparseCLIPVisionConfig(**vision)).eval()
     tower.load_state_dict(clip.vision_model.state_dict())
     pruner = CDPruner((-2,), (1,), clip=str(tmp_path))
-    seen = tower((want["pixel_u8"].float() - 127.5) / 64, sparsifier=pruner).images
-    assert_close(seen.hidden[0, 1:], want["image_features"], "image_features")
+    seen = tower((want["pixel_u8"].float() - 127.5) / 64, sparsifier=pruner).vision
+    assert_close(seen.features[0], want["image_features"], "image_features")
 
     ids = want["token_ids"][None]
     parts, mask, there = question_parts(ids, clip.config.text_config.max_position_embeddings)
@@ -620,5 +620,34 @@ def test_cdpruner_clip(path, tmp_path):
     expected = negated(want["image_embeds"][None], want["text_embeds"])
     assert_close(clip_relevance(str(tmp_path), want["image_features"][None], ids), expected, "relevance")
     question = Question(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool), ids)
-    reduced = pruner.reduce(replace(seen, projected=seen.hidden[:, 1:], question=question))
+    reduced = pruner.reduce(replace(seen, projected=seen.features, question=question))
     assert_close(reduced.scores, expected, "relevance")
+
+
+# --- VisPruner ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", cases("llava_next", "case_vispruner_*.safetensors"))
+@torch.no_grad()
+def test_vispruner(path):
+    """The tiles of LLaVA-NeXT are ordinary images; the published code ran in float64."""
+    info, want = metadata(path), load_file(path)
+    vision = json.loads((path.parent / "config.json").read_text())["vision_config"]
+    config = SparseCLIPVisionConfig(
+        **vision,
+        sparse_method="vispruner",
+        sparse_budget=int(info["visual_token_num"]),
+        sparse_options={"important": float(info["important_ratio"])},
+    )
+    tower = SparseCLIPVisionModel._from_config(config, dtype=torch.float64).eval()
+    prefix = "vision_tower.vision_model."
+    weights = load_file(path.parent / "weights.safetensors")
+    tower.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    given = load_file(near(path, info["input"]))
+    for image in sorted(name.partition(".")[0] for name in want if name.endswith(".kept_mask")):
+        tiles = (given[f"{image}.pixel_u8"].double() - 127.5) / 64
+        (stage,) = tower(tiles, output_selection=True).selection
+        kept = torch.zeros_like(want[f"{image}.kept_mask"]).scatter(1, stage.kept, True)
+        assert torch.equal(kept, want[f"{image}.kept_mask"]), image
+        alone = tower(tiles[1:2], output_selection=True).selection[0]
+        assert torch.equal(alone.kept, stage.kept[1:2])

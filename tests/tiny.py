@@ -119,8 +119,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def processor(cls=LlavaProcessor, **kwargs):
-    images = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+def processor(cls=LlavaProcessor, side: int = SIDE, **kwargs):
+    images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return cls(
         image_processor=images,
         tokenizer=tokenizer(),

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from llava_sparse.modeling.tome import ToMe
-
 
 def decoder_flops(config: Any, lengths: Sequence[int]) -> float:
     """Of a LLaMA decoder and the logits of one token; the tokens at each layer are `lengths`.
@@ -70,9 +68,7 @@ def prefill_flops(model: Any, lengths: Sequence[int]) -> dict[str, float]:
     if encoder is not None:
         selection = encoder.flops(patches, vision.hidden_size, config.text_config.hidden_size)
         projected = patches if encoder.place == "projector" else encoder.tokens
-        if isinstance(encoder, ToMe):
-            for layer in range(used):
-                tower[layer + 1] = tower[layer] - encoder.removed(layer, depth, tower[layer] - 1)
+        tower = encoder.tower_tokens(used, depth, patches)
     return {
         "vision tower": vision_flops(vision, tower),
         "projector": projector_flops(config, projected),

@@ -24,7 +24,7 @@ def profile(
     model: Any = None,
     shape: str | None = None,
     methods: Sequence[str] = ("visionzip", "sparsevlm"),
-    budgets: Sequence[int] = (64,),
+    budgets: Sequence[float] = (64,),
     *,
     batch_size: int = 1,
     text_tokens: int = 40,

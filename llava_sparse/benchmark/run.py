@@ -16,7 +16,7 @@ from transformers import CompileConfig
 import llava_sparse
 from llava_sparse.evaluation.report import check_output, versions
 from llava_sparse.evaluation.runs import DENSE, Run, plan_runs
-from llava_sparse.modeling.pruned_cache import CACHE
+from llava_sparse.modeling.pruning_cache import CACHE
 from llava_sparse.plugins import plugin_files
 from llava_sparse.reference import CHECKPOINT
 
@@ -43,7 +43,7 @@ def bench(
     model: Any = None,
     shape: str | None = None,
     methods: Sequence[str] = ("visionzip", "sparsevlm"),
-    budgets: Sequence[int] = (64,),
+    budgets: Sequence[float] = (64,),
     *,
     batch_sizes: Sequence[int] = (1,),
     text_tokens: Sequence[int] = (40,),
@@ -110,7 +110,7 @@ def bench(
     return found
 
 
-def plan(methods: Sequence[str], budgets: Sequence[int]) -> list[Run]:
+def plan(methods: Sequence[str], budgets: Sequence[float]) -> list[Run]:
     """The runs of `methods` with all `budgets`, behind the dense model.
 
     Raises:

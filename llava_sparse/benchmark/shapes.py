@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import llava_sparse
 from llava_sparse.evaluation.models import load_model, resolve_device, resolve_dtype
 from llava_sparse.evaluation.runs import DENSE
-from llava_sparse.modeling.checks import nearest
+from llava_sparse.modeling.pruning_settings import nearest
 
 _VIT_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
 # Text and vision; "small" is bound by arithmetic on a CPU and has about the 7B's share of work in its tower.

@@ -11,8 +11,8 @@ from unittest import mock
 
 import torch
 
-from llava_sparse.modeling import modeling_sparse_clip, modeling_sparse_llama, tome
-from llava_sparse.modeling.attention_rows import RowTap
+from llava_sparse.modeling import method_tome, modeling_sparse_clip, pruning_decoder
+from llava_sparse.modeling.pruning_attention import RowTap
 
 
 class Clock:
@@ -133,7 +133,7 @@ def _selecting(sparsifier: Any) -> list[tuple[Any, str]]:
     found: list[tuple[Any, str]] = [(RowTap, "take")]
     if sparsifier.encoder is not None:
         found += [(modeling_sparse_clip, "row_probabilities"), (type(sparsifier.encoder), "reduce")]
-        found += [(tome, "bipartite_matching"), (tome, "merge")]
+        found += [(method_tome, "bipartite_matching"), (method_tome, "merge")]
     if sparsifier.decoder is not None:
-        found += [(modeling_sparse_llama, "open_prompt"), (modeling_sparse_llama.PrunedDecoderMixin, "_prune")]
+        found += [(pruning_decoder, "open_prompt"), (pruning_decoder.DecoderRun, "_prune")]
     return found

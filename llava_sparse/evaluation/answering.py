@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava_sparse.modeling.placeholders import question_of
-from llava_sparse.modeling.pruned_cache import CACHE
-from llava_sparse.modeling.sparsifier import Images, Selection
-from llava_sparse.modeling.stages import numbers_by_prompt
-from llava_sparse.modeling.token_layout import PromptLayout
-from llava_sparse.processing.processing_sparse_llava import question_ids
+from llava_sparse import Selection
+from llava_sparse.modeling.pruning_cache import CACHE
+from llava_sparse.processing import question_ids
 
 from .models import IMAGE_TOKEN, QUESTION, fill_prompt
 
@@ -139,14 +137,18 @@ class Asker:
         return ids
 
     @property
+    def _method(self) -> Any:
+        return getattr(self.model.model, "sparsifier", None)
+
+    @property
     def _encoder(self) -> Any:
         """The method that prunes before the decoder, or None."""
-        return getattr(getattr(self.model.model, "sparsifier", None), "encoder", None)
+        return getattr(self._method, "encoder", None)
 
     @property
     def _decoder(self) -> Any:
         """The method that prunes in the decoder, or None."""
-        return getattr(getattr(self.model.model, "sparsifier", None), "decoder", None)
+        return getattr(self._method, "decoder", None)
 
     @property
     def _tokens(self) -> int:
@@ -166,27 +168,22 @@ class Asker:
         )
 
     def _encode(self, pixels: Tensor, shared: bool) -> _Encoded:
-        """Features of the pictures and, if it is shared by the questions, the cache up to their end."""
-        drawn = None if self._decoder is None else self._decoder.fingerprints(pixels)
-        if getattr(self._encoder, "looks_at_question", False):
-            return _Encoded(None, (), fingerprints=drawn, images=self.model.model.encode_images(pixels))
-        method = getattr(self.model.model, "sparsifier", None)
-        arguments = {} if method is None else {"output_selection": True}
-        outputs = self.model.model.get_image_features(pixel_values=pixels, return_dict=True, **arguments)
-        features = torch.stack(list(outputs.pooler_output))
-        selection = tuple(getattr(outputs, "selection", None) or ())
+        """The pictures, encoded, and, if it is shared by the questions, the cache up to their end."""
+        images = self.model.get_image_features(pixel_values=pixels, return_dict=True)
         if not shared:
-            numbers = getattr(outputs, "numbers", None)
-            return _Encoded(features, selection, fingerprints=drawn, numbers=numbers)
+            return _Encoded(images)
+        token = self.processor.image_token_id
         before = self._ids("")
-        before = before[: before.index(self.processor.image_token_id)]
-        words = self._embed(torch.tensor([before] * len(pixels), dtype=torch.long, device=pixels.device))
-        embeds = torch.cat([words, features.to(words.device, words.dtype)], dim=1)
-        outputs = self.model(inputs_embeds=embeds, attention_mask=_ones(embeds), use_cache=True, logits_to_keep=1)
-        return _Encoded(features, selection, getattr(outputs, CACHE), embeds.shape[1])
+        row = [*before[: before.index(token)], *[token] * self._tokens]
+        ids = torch.tensor([row] * len(pixels), dtype=torch.long, device=pixels.device)
+        outputs = self._run(images, input_ids=ids, attention_mask=_ones(ids))
+        kept = [_kept(stage, self._patches) for stage in getattr(outputs, "selection", None) or ()]
+        return _Encoded(images, kept, getattr(outputs, CACHE), len(row))
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(ids)
+    def _run(self, images: Any, **inputs: Any) -> Any:
+        """The prefill of prompts around pictures that are encoded already."""
+        recorded = {} if self._method is None else {"output_selection": True}
+        return self.model(mm_encoder_outputs={"image": images}, use_cache=True, logits_to_keep=1, **inputs, **recorded)
 
     def _ask_behind_prefix(self, encoded: _Encoded, owner: Tensor, prompts: list[_Prompt]) -> list[Answer]:
         """Only what stands behind the image is left to compute."""
@@ -204,69 +201,30 @@ class Asker:
             use_cache=True,
             logits_to_keep=1,
         )
-        return self._finish(outputs, mask, *self._seen(encoded, owner))
-
-    def _seen(self, encoded: _Encoded, owner: Tensor) -> tuple[list[np.ndarray], list[float]]:
-        """What the decoder is shown: kept patches by stage, and the number of visual tokens of each question."""
-        kept = [_kept(stage, self._patches)[owner.cpu().numpy()] for stage in encoded.selection]
-        return kept, [float(self._tokens)] * len(owner)
+        kept = [stage[owner.cpu().numpy()] for stage in encoded.kept]
+        return self._finish(outputs, mask, kept, [float(self._tokens)] * len(owner))
 
     def _ask_whole(self, encoded: _Encoded, owner: Tensor, prompts: list[_Prompt]) -> list[Answer]:
-        """Whole prompts around features that are there already, or pictures that are encoded already."""
-        token = self.processor.image_token_id
-        if encoded.images is not None:
-            encoded = self._choose(encoded, owner, prompts)
-            owner = torch.arange(len(prompts), device=owner.device)
-        assert encoded.features is not None
-        features = encoded.features[owner]
-        rows = [[t for i in prompt.ids for t in ([i] * features.shape[1] if i == token else [i])] for prompt in prompts]
-        padded, mask = _left_padded(rows, owner.device)
-        visual = padded == token
-        embeds = self._embed(padded)
-        embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.device, embeds.dtype))
-        pruning: dict[str, Any] = {}
-        if self._decoder is not None:
-            drawn, patches = encoded.fingerprints, self._patches
-            numbers = None
-            if encoded.numbers is not None:
-                own = encoded.numbers[owner]
-                numbers = numbers_by_prompt(own, [1] * len(own), patches, self._encoder.new_tokens)
-            pruning = {"visual_mask": visual, "numbers": numbers, "output_selection": True}
-            pruning["fingerprints"] = None if drawn is None else drawn[owner]
-        elif encoded.weights is not None:
-            pruning = {"visual_mask": visual, "weights": encoded.weights[owner]}
-        outputs = self.model(
-            inputs_embeds=embeds,
+        """Whole prompts around pictures that are encoded already."""
+        token, rows = self.processor.image_token_id, owner.tolist()
+        ids = [[t for i in prompt.ids for t in ([i] * self._tokens if i == token else [i])] for prompt in prompts]
+        padded, mask = _left_padded(ids, owner.device)
+        asked = self._clip_ids(prompts)
+        outputs = self._run(
+            _pictures(encoded.images, rows),
+            input_ids=padded,
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-            **pruning,
+            **({} if asked is None else {"question_ids": asked}),
         )
-        kept, tokens = self._seen(encoded, owner)
-        if self._decoder is None:
-            return self._finish(outputs, mask, kept, tokens)
-        # Where CLS is among the visual tokens, it is the first.
+        selection: Sequence[Selection] = getattr(outputs, "selection", None) or ()
+        # Where CLS is among the visual tokens of a decoder method alone, it is the first.
         width = self._patches if self._encoder is not None else self._placeholders
-        kept += [_kept(stage, width)[:, -self._patches :] for stage in outputs.selection]
-        return self._finish(outputs, mask, kept, self._visual_tokens(outputs.selection, len(prompts)))
-
-    def _choose(self, encoded: _Encoded, owner: Tensor, prompts: list[_Prompt]) -> _Encoded:
-        """What a method that looks at the question takes of each question's picture, a row for each question."""
-        assert encoded.images is not None
-        ids, mask = _left_padded([prompt.ids for prompt in prompts], owner.device)
-        layout = PromptLayout.of(ids == self.processor.image_token_id, mask)
-        asked = question_of(self._embed(ids), layout, [1] * len(prompts), self._clip_ids(prompts))
-        reduced = self.model.model.reduce_images(encoded.images.rows(owner), asked)
-        drawn = None if encoded.fingerprints is None else encoded.fingerprints[owner]
-        layer = self._encoder.feature_layer % self.model.config.vision_config.num_hidden_layers
-        return _Encoded(
-            reduced.features,
-            (reduced.selection(layer),),
-            fingerprints=drawn,
-            numbers=reduced.numbers,
-            weights=reduced.weights,
-        )
+        kept = [_kept(stage, width)[:, -self._patches :] for stage in selection]
+        if self._decoder is None:
+            return self._finish(outputs, mask, kept, [float(self._tokens)] * len(prompts))
+        stages = [stage for stage in selection if stage.raters is not None]
+        return self._finish(outputs, mask, kept, self._visual_tokens(stages, len(prompts)))
 
     def _clip_ids(self, prompts: list[_Prompt]) -> Tensor | None:
         """The questions in the vocabulary of the CLIP model that the method names, if it does."""
@@ -388,22 +346,23 @@ class _Encoded:
     """Pictures, encoded.
 
     Attributes:
-        features: `(pictures, tokens, channels)`; selection: an encoder method's stages.
+        images: what the model's `get_image_features` gave.
+        kept: of an encoder method that does not look at the question, `(pictures, patches)` bool for each stage.
         prefix: the cache of the prompt up to the image's end, or None; prefix_length: its tokens.
-        fingerprints: `(pictures,)`, what a method draws from the pictures, or None.
-        numbers: `(pictures, tokens)`, what an encoder method's tokens are, or None.
-        weights: `(pictures, tokens)`, for how many each token counts, or None.
-        images: for a method that looks at the question, in place of features.
     """
 
-    features: Tensor | None
-    selection: tuple[Selection, ...]
+    images: Any
+    kept: Sequence[np.ndarray] = ()
     prefix: Cache | None = None
     prefix_length: int = 0
-    fingerprints: Tensor | None = None
-    numbers: Tensor | None = None
-    weights: Tensor | None = None
-    images: Images | None = None
+
+
+def _pictures(images: Any, rows: list[int]) -> Any:
+    """Some of the pictures, in the order of `rows`."""
+    if hasattr(images, "take"):
+        return images.take(rows)
+    features = images.pooler_output
+    return BaseModelOutputWithPooling(pooler_output=[features[row] for row in rows])
 
 
 def _ones(like: Tensor) -> Tensor:

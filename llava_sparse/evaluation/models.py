@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 import llava_sparse
-from llava_sparse.modeling.checks import nearest
+from llava_sparse.modeling.pruning_settings import FIELDS, nearest
 from llava_sparse.reference import CHECKPOINT
 
 from .data_checks import IMAGE_TOKEN
@@ -60,7 +60,7 @@ class LoadedModel:
             return self.model
         return self.model if run.method == DENSE else llava_sparse.sparsify(self.model, run.method, **run.sparsity)
 
-    def with_method(self, method: str, budget: int | None = None) -> Any:
+    def with_method(self, method: str, budget: float | None = None) -> Any:
         """The model pruned by a method with its default options, or dense, on the same weights.
 
         Raises:
@@ -118,7 +118,8 @@ def load_model(
     processor = AutoProcessor.from_pretrained(path)
     if getattr(processor, "sparse_method", None) is not None:
         # Methods are compared on the same prompt, and the dense model needs all placeholders.
-        processor.sparse_method = processor.sparse_budget = processor.sparse_budgets = None
+        for setting in FIELDS:
+            setattr(processor, setting, None)
     tokenizer = processor.tokenizer
     unknown = tokenizer.unk_token_id
     knows = unknown is None or unknown not in tokenizer(SHORT_ANSWER, add_special_tokens=False)["input_ids"]

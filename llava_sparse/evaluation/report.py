@@ -17,7 +17,7 @@ from rich.table import Table
 
 import llava_sparse
 from llava_sparse.metrics.pope.pope import parse_answer
-from llava_sparse.modeling.configuration_sparse_llava import as_lists
+from llava_sparse.modeling.pruning_settings import as_lists
 from llava_sparse.reference import CHECKPOINT
 
 from .models import LoadedModel

@@ -26,7 +26,10 @@ def _number(low: float = -math.inf, high: float = math.inf) -> Check:
 TEXT: Check = ("text", lambda x: isinstance(x, str) and not re.search("[\ud800-\udfff]", x))
 ANSWER: Check = ("'yes' or 'no'", lambda x: x in ("yes", "no"))
 COUNT: Check = ("a whole number from 0", lambda x: type(x) is int and x >= 0)
-BUDGET: Check = ("a whole number or null", lambda x: x is None or type(x) is int)
+BUDGET: Check = (
+    "a whole number, a ratio or null",
+    lambda x: x is None or type(x) is int or (type(x) is float and 0 < x <= 1),
+)
 RATE, NUMBER = _number(0, 1), _number()
 # Decoder methods without grouping do not say.
 TOKENS: Check = ("a number from 0 or null", lambda x: x is None or _number(0)[1](x))

@@ -118,7 +118,7 @@ def evaluate_pope(
     model: str | Path | LoadedModel | None = None,
     dataset: str | Path = "reference",
     methods: Sequence[str] = ("dense", "visionzip", "sparsevlm"),
-    budget: int | Sequence[int] = 64,
+    budget: float | Sequence[float] = 64,
     *,
     seeds: Sequence[int] = (0,),
     batch_size: int = 16,
@@ -162,7 +162,8 @@ def evaluate_pope(
         OSError: for files that cannot be read or written.
         RuntimeError: if another process of a data-parallel evaluation stops.
     """
-    runs = plan_runs(methods, [budget] if isinstance(budget, int) else budget, seeds)
+    budgets = [budget] if isinstance(budget, int | float) else list(budget)
+    runs = plan_runs(methods, budgets, seeds)
     if answer_mode not in ANSWER_MODES:
         raise ValueError(f"answer_mode {answer_mode!r} is unknown; allowed: {', '.join(ANSWER_MODES)}.")
     if batch_size < 1:
@@ -187,7 +188,7 @@ def evaluate_pope(
         **_describe_questions(questions, rows, dataset, limit, skip_bad, subset or {}),
         "methods": list(methods),
         **plugin_files(run.method for run in runs),
-        "budgets": [budget] if isinstance(budget, int) else list(budget),
+        "budgets": budgets,
         "seeds": list(seeds),
         "batch_size": batch_size,
         "prompt": prompt,

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_sparse.modeling.checks import nearest
-from llava_sparse.modeling.composition import JOIN
-from llava_sparse.modeling.methods import METHODS, method_classes
+from llava_sparse.modeling.pruning_registry import METHODS, method_classes
+from llava_sparse.modeling.pruning_settings import JOIN, nearest, option_defaults
 
 DENSE = "dense"
 _LISTS = ("layers", "budgets")
@@ -24,11 +23,12 @@ class Run:
         budget: visual tokens retained; None for dense and where `layers` and `budgets` say it.
         seed: None for methods that draw nothing.
         layers, budgets, options: as the configuration's `sparse_layers`, `sparse_budgets`, `sparse_options`.
-        name: what the results call it: `dense`, `visionzip@64`, `sparsevlm:raters=all@64`, `random@64#1`.
+        name: what the results call it: `dense`, `visionzip@64`, `visionzip@0.25`, `sparsevlm:raters=all@64`,
+            `random@64#1`.
     """
 
     method: str
-    budget: int | None = None
+    budget: float | None = None
     seed: int | None = None
     layers: list[int] | None = None
     budgets: list[int] | None = None
@@ -56,14 +56,14 @@ def split_methods(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def plan_runs(methods: Sequence[str], budgets: Sequence[int | None], seeds: Sequence[int] = (0,)) -> list[Run]:
+def plan_runs(methods: Sequence[str], budgets: Sequence[float | None], seeds: Sequence[int] = (0,)) -> list[Run]:
     """Every method with every budget, and those that draw at random with every seed.
 
     Args:
         methods: names, options behind colons: `"sparsevlm:raters=all:recycle=false"`. Values are JSON, or text. Those
             of a composition say whose they are: `"divprune+sparsevlm:sparsevlm.version=2.0"`.
             `layers=[...]` and `budgets=[...]` set the stages by hand, once instead of once for each budget.
-        budgets: visual tokens retained; None for a method's own default.
+        budgets: visual tokens retained, or ratios of the patches, as floats; None for a method's own default.
         seeds: for methods with an option `seed`.
 
     Raises:
@@ -80,7 +80,7 @@ def plan_runs(methods: Sequence[str], budgets: Sequence[int | None], seeds: Sequ
     return runs
 
 
-def _runs_of(text: str, budgets: Sequence[int | None], seeds: Sequence[int]) -> list[Run]:
+def _runs_of(text: str, budgets: Sequence[float | None], seeds: Sequence[int]) -> list[Run]:
     method, *given = text.split(":")
     known = [DENSE, *sorted(METHODS)]
     if method not in known and JOIN not in method:
@@ -108,8 +108,8 @@ def _defaults(method: str) -> dict[str, Any]:
         return {}
     classes = method_classes(method)
     if len(classes) == 1:
-        return classes[0].option_defaults
-    return {f"{part.name}.{name}": value for part in classes for name, value in part.option_defaults.items()}
+        return option_defaults(classes[0])
+    return {f"{part.name}.{name}": value for part in classes for name, value in option_defaults(part).items()}
 
 
 def _nested(options: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _with_seed(method: str, options: dict[str, Any], seed: int) -> dict[str, Any
     classes = method_classes(method)
     if len(classes) == 1:
         return {**options, "seed": seed}
-    drawing = [part.name for part in classes if "seed" in part.option_defaults]
+    drawing = [part.name for part in classes if "seed" in option_defaults(part)]
     return {**options, **{name: {"seed": seed, **options.get(name, {})} for name in drawing}}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tiny
@@ -18,6 +19,9 @@ from llava_sparse.benchmark.flops import decoder_flops, measured_flops, prefill_
 from llava_sparse.benchmark.shapes import make_inputs
 from llava_sparse.benchmark.timing import Clock, interleaved, spread, stages
 
+BUDGET = re.escape(
+    "`sparse_budget` must be an int in [1, 576], the visual tokens of one image, or a float in (0, 1], a ratio of them"
+)
 SPARSEVLM = "sparsevlm:layers=[0,2]:budgets=[6,3]"
 QUICK = {"methods": ["visionzip", SPARSEVLM], "budgets": [5], "rounds": 2, "new_tokens": 3, "text_tokens": [9]}
 
@@ -300,6 +304,23 @@ def test_profile(tmp_path):
         assert json.loads((tmp_path / "traces" / f"{name}.trace.json").read_text())["traceEvents"]
 
 
+def test_budgets_that_are_ratios(tmp_path):
+    output = tmp_path / "bench.json"
+    quick = {**QUICK, "methods": ["visionzip"], "budgets": [0.3125, 5], "rounds": 1, "warm_up": 0, "output": output}
+    found = bench(tiny.dense_model(), **quick)
+    _, ratio, count = found["results"]
+    assert (ratio["run"], count["run"]) == ("visionzip@0.3125", "visionzip@5")
+    assert ratio["lengths"] == count["lengths"] == [14] * 6
+    assert bench(tiny.dense_model(), **quick) == load_results(output) == found
+    assert table(found).row_count == stage_table(found).row_count == 3
+    (shown,) = plot(found).axes[0].get_lines()
+    assert shown.get_xdata().tolist() == [5, 5, 16]
+    folder = tmp_path / "traces"
+    tables = profile(tiny.dense_model(), methods=["visionzip"], budgets=[0.3125], text_tokens=9, folder=folder)
+    assert list(tables) == ["dense", "visionzip@0.3125"]
+    assert (folder / "visionzip@0.3125.trace.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -309,7 +330,8 @@ def test_profile(tmp_path):
         ({"batch_sizes": [0]}, r"batch_sizes=\[0\]: whole numbers from 1 on"),
         ({"text_tokens": [1]}, r"text_tokens=\[1\]: whole numbers from 2 on"),
         ({"rounds": 0}, r"rounds=\[0\]"),
-        ({"budgets": [577]}, "sparse_budget=577: an integer from 1 to 576"),
+        ({"budgets": [577]}, f"{BUDGET}, got 577\\."),
+        ({"budgets": [64, 1.5]}, f"{BUDGET}, got 1\\.5"),
         ({"attn_implementations": ["flsh"]}, "flsh"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -24,11 +25,15 @@ from llava_sparse.evaluation import (
 )
 from llava_sparse.evaluation.answer_log import AnswerLog
 from llava_sparse.evaluation.answering import MAX_NEW_TOKENS
+from llava_sparse.evaluation.results_file import read_results
 from llava_sparse.evaluation.statistics import unpack_kept
 from llava_sparse.evaluation.units import Pictures
 
 METHODS = ["dense", "visionzip", "sparsevlm"]
 RUNS = ["dense", "visionzip@64", "sparsevlm@64"]
+BUDGET = re.escape(
+    "`sparse_budget` must be an int in [1, 576], the visual tokens of one image, or a float in (0, 1], a ratio of them"
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +101,31 @@ def test_every_question_is_scored_and_each_pair_asked_once(results):
         for split, scores in entry["splits"].items():
             rows = [a for a in answers if a["split"] == split]
             assert scores["accuracy"] == sum(a["parsed"] == a["label"] for a in rows) / 8
+
+
+def test_a_ratio_is_the_number_of_tokens_it_comes_to(reference, tmp_path):
+    """As `budget`, in names, results file and log; again from its file, the same bytes."""
+    methods, output = ["dense", "visionzip", "sparsevlm", "divprune+sparsevlm", "random"], tmp_path / "ratio.json"
+    settings = {"methods": methods, "limit": 3, "batch_size": 5}
+    ratio = evaluate_pope(reference, budget=1 / 9, **settings, output=output)
+    count = evaluate_pope(reference, budget=64, **settings)
+    names = ["dense", *(f"{method}@{1 / 9}" for method in methods[1:4]), f"random@{1 / 9}#0"]
+    assert [entry["name"] for entry in ratio["methods"]] == names
+    assert [entry["budget"] for entry in ratio["methods"]] == [None, *[1 / 9] * 4]
+    assert ratio["settings"]["budgets"] == [1 / 9]
+    for one, other in zip(ratio["methods"], count["methods"], strict=True):
+        for key in ("answers", "scores", "layers", "budgets", "options", "visual_tokens"):
+            assert one[key] == other[key], key
+    assert ratio["methods"][1]["budgets"] == [54, 10]
+    shown = table(ratio)
+    assert str(list(shown.columns[1].cells)[4]) == str(1 / 9)
+    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    evaluate_pope(reference, budget=[1 / 9], **settings, output=output)
+    assert read_results(output)["methods"] == ratio["methods"]
+    for name in ("ratio.json", "ratio.answers.jsonl"):
+        assert (tmp_path / name).read_bytes() == files[name]
+    with pytest.raises(ValueError, match=r"was begun with budgets=\[0\.1111111111111111\], now it is \[0\.25\]"):
+        evaluate_pope(reference, budget=0.25, **settings, output=output)
 
 
 def test_averages_over_splits(results):
@@ -347,7 +377,9 @@ def test_skipped_rows_show_in_the_results(reference, tmp_path):
         ({"budget": []}, ValueError, "one at least"),
         ({"answer_mode": "logit"}, ValueError, "allowed: text, logits"),
         ({"prompt": "<image>"}, ValueError, "{question} has to be in it once; it is there 0 times"),
-        ({"methods": ["visionzip"], "budget": 577}, ValueError, "sparse_budget=577: an integer from 1 to 576"),
+        ({"methods": ["visionzip"], "budget": 577}, ValueError, f"{BUDGET}, got 577\\."),
+        ({"methods": ["visionzip"], "budget": 1.01}, ValueError, f"{BUDGET}, got 1\\.01"),
+        ({"methods": ["visionzip"], "budget": [0.5, 0.0]}, ValueError, f"{BUDGET}, got 0\\.0"),
         ({"output": "/no/such/folder/results.json"}, OSError, "a file in a folder that exists"),
         ({"dataset": "/no/such/folder"}, FileNotFoundError, "no such folder"),
     ],

@@ -42,6 +42,10 @@ def damage(results: dict, *path: object, value: object = None) -> None:
             "methods[1].answers are not to the questions of methods[0]",
         ),
         (("methods", 1, "answers", 3, "score"), None, "some have a score, some do not"),
+        (("methods", 1, "budget"), 1.5, "methods[1].budget is 1.5; a whole number, a ratio or null is allowed"),
+        (("methods", 1, "budget"), 0.0, "methods[1].budget is 0.0; a whole number, a ratio or null is allowed"),
+        (("methods", 1, "budget"), "4", "methods[1].budget is '4'; a whole number, a ratio or null is allowed"),
+        (("methods", 1, "budget"), True, "methods[1].budget is True; a whole number, a ratio or null is allowed"),
         (("methods", 2, "name"), "dense", "two runs have the same name"),
         (("methods", 2, "name"), "\ud800", "methods[2].name"),
         (("comparisons", 0, "p"), None, "comparisons[0] has no 'p'"),
@@ -68,6 +72,17 @@ def test_earlier_results_get_names(tmp_path):
     results, _ = make_results()
     names = [entry["name"] for entry in read_results(write(tmp_path, earlier_version(results)))["methods"]]
     assert names == list(RUNS)
+
+
+def test_budgets_may_be_ratios(tmp_path):
+    results, _ = make_results()
+    for entry in results["methods"][1:]:
+        entry["budget"] = 0.25
+        entry["name"] = entry["name"].replace("@4", "@0.25")
+    names = [entry["name"] for entry in results["methods"]]
+    assert [entry["name"] for entry in read_results(write(tmp_path, results))["methods"]] == names
+    old = read_results(write(tmp_path, earlier_version(results)))
+    assert [entry["name"] for entry in old["methods"]] == names
 
 
 def test_folders_and_several_files(tmp_path):

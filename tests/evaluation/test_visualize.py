@@ -13,7 +13,7 @@ from PIL import Image
 from llava_sparse import cli
 from llava_sparse.drawing import COLOURS, Stage, Trace, _coloured, _rated, draw
 from llava_sparse.evaluation import LoadedModel, ask
-from llava_sparse.modeling.sparsifier import Selection
+from llava_sparse.modeling.pruning_types import Selection
 from llava_sparse.reference import SCENES
 from llava_sparse.visualize import follow, model_view, trace, visualize
 
@@ -183,6 +183,17 @@ def test_visualize_needs_no_display(loaded):
         visualize(loaded, tiny.image(0), QUESTION, ["vision-zip"])
 
 
+def test_a_budget_may_be_a_ratio(loaded):
+    for method in ("visionzip", "sparsevlm"):
+        ratio, count = (trace(loaded, tiny.image(0), QUESTION, method, budget) for budget in (0.375, 6))
+        assert ratio.flow == count.flow
+        for one, other in zip(ratio.stages, count.stages, strict=True):
+            assert one.owners.tolist() == other.owners.tolist()
+    assert len(visualize(loaded, tiny.image(0), QUESTION, ["dense", "visionzip"], 0.375).axes) == 1 + 1
+    with pytest.raises(ValueError, match=r"`sparse_budget` must be an int in \[1, 16\], .* got 1\.5\."):
+        visualize(loaded, tiny.image(0), QUESTION, ["visionzip"], 1.5)
+
+
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as exit:
         cli.main(["visualize", *map(str, arguments)])
@@ -191,6 +202,10 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 
 def test_command(capsys, tmp_path):
     output = tmp_path / "a figure.png"
+    quarter = run(
+        capsys, PICTURE, "Is there a dog in the image?", "--methods", "visionzip", "--budget", 0.25, "--output", output
+    )
+    assert quarter == (0, "visionzip: Yes (576 → 144 visual tokens)\n", f"Figure: {output}\n")
     code, out, err = run(
         capsys, PICTURE, "Is there a dog in the image?", "--methods", "dense, visionzip", "--output", output
     )
@@ -205,6 +220,7 @@ def test_command(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--budget", "2.0"], "or a float in (0, 1], a ratio of them, got 2.0."),
         (["--output", "figure.docx"], "figure.docx: a name that ends in .png, .svg, .pdf"),
         (["--output", "no-such-folder/figure.png"], "a file in a folder that exists is allowed"),
         (["--methods", "vision-zip"], "did you mean 'visionzip'?"),

@@ -11,10 +11,11 @@ from transformers import CLIPVisionModel
 
 import llava_sparse
 from llava_sparse import SparseLlavaConfig
-from llava_sparse.modeling import modeling_sparse_llama
-from llava_sparse.modeling.sparsevlm import text_raters
-from llava_sparse.modeling.sparsifier import Geometry, Images
-from llava_sparse.modeling.visionzip import VisionZip
+from llava_sparse.modeling import pruning_decoder
+from llava_sparse.modeling.method_sparsevlm import text_raters
+from llava_sparse.modeling.method_visionzip import VisionZip
+from llava_sparse.modeling.pruning_settings import Sparsity
+from llava_sparse.modeling.pruning_types import Geometry, VisionFeatures
 
 LOGITS = dict(rtol=0, atol=2e-4)
 STAGES = {"layers": [0, 2], "budgets": [6, 3]}
@@ -93,7 +94,7 @@ def test_raters_of_a_mixed_batch(dense, processor):
 @pytest.mark.parametrize("block", [4, 64])
 def test_scores_are_means_of_the_attention_matrix(dense, processor, monkeypatch, raters, recycle, block):
     """At every stage, from the whole matrix that eager attention leaves: rows that rate, columns of visual tokens."""
-    monkeypatch.setattr(modeling_sparse_llama, "RATER_BLOCK", block)
+    monkeypatch.setattr(pruning_decoder, "RATER_BLOCK", block)
     model = llava_sparse.sparsify(dense, "sparsevlm", **STAGES, options={"raters": raters, "recycle": recycle})
     model.set_attn_implementation("eager")
     batch = tiny.inputs(processor, tiny.QUESTIONS)
@@ -204,24 +205,30 @@ RANDOM = {"sparse_method": "random", "sparse_budget": 64}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({**SPARSE, "sparse_options": {"raters": "txt"}}, "did you mean 'text'"),
-        ({**SPARSE, "sparse_options": {"raters": None}}, "allowed: selected, text, all"),
+        ({**SPARSE, "sparse_options": {"raters": "txt"}}, r"'raters' must be .* got 'txt' \(did you mean 'text'\?\)"),
+        ({**SPARSE, "sparse_options": {"raters": None}}, "'raters' must be one of 'selected', 'text', 'all', got None"),
         ({**SPARSE, "sparse_options": {"raters": "all", "version": "2.0"}}, "belongs to version '1.5'"),
         ({**SPARSE, "sparse_options": {"raters": "all", "version": "1.0"}}, "belongs to version '1.5'"),
-        ({**SPARSE, "sparse_options": {"recycle": "no"}}, "true or false"),
-        ({**SPARSE, "sparse_options": {"recycle": 0}}, "true or false"),
+        ({**SPARSE, "sparse_options": {"recycle": "no"}}, "'recycle' must be true or false, got 'no'"),
+        ({**SPARSE, "sparse_options": {"recycle": 0}}, "'recycle' must be true or false, got 0"),
         ({**SPARSE, "sparse_options": {"recycle": True, "version": "2.0"}}, "recycles nothing"),
-        ({**RANDOM, "sparse_options": {"seed": -1}}, "from 0 to 4294967295"),
-        ({**RANDOM, "sparse_options": {"seed": True}}, "from 0 to 4294967295"),
-        ({**RANDOM, "sparse_options": {"seed": 1.0}}, "from 0 to 4294967295"),
+        ({**RANDOM, "sparse_options": {"seed": -1}}, r"'seed' must be an int in \[0, 4294967295\], got -1"),
+        ({**RANDOM, "sparse_options": {"seed": True}}, r"'seed' must be an int in \[0, 4294967295\], got True"),
+        ({**RANDOM, "sparse_options": {"seed": 1.0}}, r"'seed' must be an int in \[0, 4294967295\], got 1.0"),
         ({**RANDOM, "sparse_options": {"sed": 1}}, "did you mean 'seed'"),
-        ({**RANDOM, "sparse_budgets": [54, 10]}, "a list of 1"),
-        ({**RANDOM, "sparse_budgets": [577]}, "from 1 to 576"),
-        ({**RANDOM, "sparse_layers": [24]}, "from -24 to 23"),
-        ({"sparse_method": "random"}, "needs sparse_budget"),
-        ({"sparse_method": "random_decoder"}, "'random_decoder' needs sparse_budget"),
-        ({"sparse_method": "random_decoder", "sparse_layers": [3, 2], "sparse_budgets": [9, 9]}, "ascending"),
-        ({"sparse_method": "random_decoder", "sparse_budget": 64, "sparse_options": {"positions": "x"}}, "allowed"),
+        ({**RANDOM, "sparse_budgets": [54, 10]}, r"`sparse_budgets` must be a list of 1 ints .* got \[54, 10\]"),
+        ({**RANDOM, "sparse_budgets": [577]}, r"`sparse_budgets` must be .* ints in \[1, 576\], got \[577\]"),
+        ({**RANDOM, "sparse_layers": [24]}, r"`sparse_layers` must be .* ints in \[-24, 23\], got \[24\]"),
+        ({"sparse_method": "random"}, "'random' needs `sparse_budget`"),
+        ({"sparse_method": "random_decoder"}, "'random_decoder' needs `sparse_budget`"),
+        (
+            {"sparse_method": "random_decoder", "sparse_layers": [3, 2], "sparse_budgets": [9, 9]},
+            r"ascending .* got \[3, 2\]",
+        ),
+        (
+            {"sparse_method": "random_decoder", "sparse_budget": 64, "sparse_options": {"positions": "x"}},
+            "'positions' must be one of 'compact', 'original', got 'x'",
+        ),
     ],
 )
 def test_invalid_settings(fields, message):
@@ -254,14 +261,14 @@ def zipped_by_hand(hidden, scores, metric, dominant, contextual):
 @given(seed=st.integers(0, 999), total=st.integers(1, 17), share=st.floats(0, 1))
 def test_every_split_of_a_total_against_loops(seed, total, share):
     contextual = int(share * (total - 1) + 0.5)
-    method = VisionZip.resolve(
-        Geometry(patches=16, encoder_layers=6), None, None, [total - contextual, contextual], None
-    )
+    settings = Sparsity("visionzip", budgets=[total - contextual, contextual])
+    method = VisionZip.resolve(Geometry(patches=16, encoder_layers=6), settings)
     random = torch.Generator().manual_seed(seed)
     hidden = torch.randn(2, 17, 5, generator=random, dtype=torch.float64)
     attention = torch.rand(2, 3, 16, generator=random, dtype=torch.float64)
     keys = torch.randn(2, 3, 17, 4, generator=random, dtype=torch.float64)
-    reduced = method.reduce(Images(hidden, torch.empty(2, 3, 0, 0), attention, keys))
+    vision = VisionFeatures(hidden[:, 1:], (4, 4), hidden[:, 0], attention, keys[:, :, 1:])
+    reduced = method.reduce(vision)
     features, kept, merged = reduced.features, reduced.selection(4).kept, reduced.merged
     assert features.shape == (2, total, 5) and method.tokens == total
     for image in range(2):

@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_sparse.modeling.cdpruner import conditional_dpp, normalised, text_relevance
-from llava_sparse.modeling.divprune import max_min_tokens
-from llava_sparse.modeling.fastv import last_token, last_token_scores
-from llava_sparse.modeling.grid_tokens import bands, grid_cells, grid_of, grid_patches, number_cells
-from llava_sparse.modeling.scope import coverage_tokens
-from llava_sparse.modeling.sparsifier import Question, RaterAttention
-from llava_sparse.modeling.tensors import cosines
-from llava_sparse.modeling.tome import bipartite_matching, merge, merge_schedule
-from llava_sparse.modeling.vispruner import distinct_tokens
+from llava_sparse.modeling.method_cdpruner import conditional_dpp, normalised, text_relevance
+from llava_sparse.modeling.method_divprune import max_min_tokens
+from llava_sparse.modeling.method_fastv import last_token, last_token_scores
+from llava_sparse.modeling.method_grid import bands, grid_cells, grid_patches, number_cells
+from llava_sparse.modeling.method_scope import coverage_tokens
+from llava_sparse.modeling.method_tome import bipartite_matching, merge, merge_schedule
+from llava_sparse.modeling.method_vispruner import VisPruner, distinct_tokens
+from llava_sparse.modeling.pruning_ops import cosines
+from llava_sparse.modeling.pruning_types import Question, RaterAttention, VisionFeatures
 
 QUICK = settings(max_examples=50, deadline=None)
 SEEDS = st.integers(0, 9999)
@@ -349,7 +349,6 @@ def test_grids(rows, columns, share):
     ]
     for patch, (y, x) in zip(kept, middles, strict=True):
         assert abs(patch // columns + 0.5 - y) <= 0.5 and abs(patch % columns + 0.5 - x) <= 0.5
-    assert grid_of(rows * columns, rows * 14, columns * 14) == (rows, columns)
 
     numbers, merged = number_cells(torch.tensor(cells), tokens)
     patches, made = rows * columns, 0
@@ -392,3 +391,35 @@ def test_distinct_tokens_against_loops(seed, patches, data):
             ranked = sorted(even, key=lambda i: -max((s[i][j] for j in odd), default=0))
             tokens = ranked[min(8, len(tokens) - count, len(even)) :] + odd
         assert got[row].tolist() == tokens
+
+
+@QUICK
+@given(
+    seed=SEEDS,
+    patches=st.integers(1, 40),
+    share=st.floats(0, 1),
+    important=st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0]) | st.floats(0, 1),
+    ties=st.booleans(),
+)
+def test_vispruner_against_loops(seed, patches, share, important, ties):
+    """The int(important k) patches that CLS attends to most; duplicates go from the others, by descending attention."""
+    budget = max(1, round(share * patches))
+    random = torch.Generator().manual_seed(seed)
+    # Signs: their cosines are exact, and there are duplicates. Attention in 64ths: its mean over heads is exact too.
+    features = torch.randint(0, 2, (2, patches, 16), generator=random) * 2.0 - 1
+    saliency = torch.randint(1, 9 if ties else 10**6, (2, 2, patches), generator=random) / 64
+    method = VisPruner((-2,), (budget,), important=important)
+    got = method.reduce(VisionFeatures(features, (1, patches), saliency=saliency))
+    for image in range(2):
+        attention = saliency[image].double().mean(0).tolist()
+        vectors = features[image].double().tolist()
+        order = sorted(range(patches), key=lambda p: (-attention[p], p))
+        kept, rest = order[: int(important * budget)], order[int(important * budget) :]
+        while len(kept) + len(rest) > budget:
+            even, odd = rest[::2], rest[1::2]
+            nearest = {i: max((cosine(vectors[i], vectors[j]) for j in odd), default=0) for i in even}
+            ranked = sorted(even, key=lambda i: -nearest[i])
+            rest = ranked[min(8, len(kept) + len(rest) - budget, len(even)) :] + odd
+        assert got.patch_index[image].tolist() == sorted(kept + rest)
+        assert got.scores[image].tolist() == attention
+        assert torch.equal(got.features[image], features[image, sorted(kept + rest)])

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration
 
 import llava_sparse
-from llava_sparse.modeling.delegate import constituents, delegates, word_relevance
-from llava_sparse.modeling.placeholders import DecoderInputs, weigh
-from llava_sparse.modeling.sparsifier import Question
-from llava_sparse.modeling.tensors import cosines
-from llava_sparse.modeling.token_layout import PromptLayout
+from llava_sparse.modeling.method_delegate import constituents, delegates, word_relevance
+from llava_sparse.modeling.pruning_inputs import DecoderInputs, weigh
+from llava_sparse.modeling.pruning_ops import cosines
+from llava_sparse.modeling.pruning_sequence import PromptLayout
+from llava_sparse.modeling.pruning_types import Question
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -110,23 +110,21 @@ def test_weights_stay_in_the_cache(model, processor):
         word = torch.full((3, 1), 21)
         mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
         step = model(input_ids=word, attention_mask=mask, past_key_values=out.past_key_values).logits[:, -1]
-        features = model.model.encode_images(batch["pixel_values"])
+        features = model.get_image_features(batch["pixel_values"])
         for row in range(3):
             own = batch["attention_mask"][row].bool()
             ids = torch.cat([batch["input_ids"][row][own], word[0]])[None]
-            embeds = model.get_input_embeddings()(ids)
-            layout = PromptLayout.of(ids == 4, None)
-            asked = embeds[:, int(layout.last) + 1 : -1]
-            reduced = model.model.reduce_images(
-                features.rows(torch.tensor([row])), Question(asked, torch.ones(asked.shape[:2], dtype=torch.bool))
-            )
-            kept = torch.cat(
-                [embeds[:, : int(layout.last) - 15], reduced.features, embeds[:, int(layout.last) + 1 :]], 1
-            )
-            visual = torch.zeros(kept.shape[:2], dtype=torch.bool)
-            visual[:, int(layout.last) - 15 : int(layout.last) - 10] = True
-            whole = model(inputs_embeds=kept, visual_mask=visual, weights=reduced.weights).logits[:, -1]
-            torch.testing.assert_close(step[row], whole[0], rtol=0, atol=2e-4)
+            first = ids[0].tolist().index(4)
+            # What was asked when the tokens were chosen: without the word behind it.
+            asked = model.get_input_embeddings()(ids[:, first + tiny.PATCHES : -1])
+            question = Question(asked, torch.ones(asked.shape[:2], dtype=torch.bool))
+            reduced = model.model.reduced(model.model.sparsifier, features.take([row]), question)
+            (tokens,) = reduced.tokens
+            assert tokens.token_sizes.sum() == tiny.PATCHES and tokens.token_sizes.shape == (1, 5)
+            for written in (tiny.PATCHES, 5):
+                kept = torch.cat([ids[:, : first + written], ids[:, first + tiny.PATCHES :]], dim=1)
+                whole = model(input_ids=kept, mm_encoder_outputs={"image": reduced}).logits[:, -1]
+                torch.testing.assert_close(step[row], whole[0], rtol=0, atol=2e-4)
 
 
 def test_what_cannot_be_weighed_says_so(model, processor):

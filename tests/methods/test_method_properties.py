@@ -12,9 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import llava_sparse
-from llava_sparse.modeling.methods import METHODS
-from llava_sparse.modeling.sparsifier import Geometry, Images, Question, Reduced, Sparsifier
-from llava_sparse.modeling.tome import bipartite_matching, merge
+from llava_sparse.modeling.method_tome import bipartite_matching, merge
+from llava_sparse.modeling.pruning_ops import image_fingerprints
+from llava_sparse.modeling.pruning_registry import METHODS
+from llava_sparse.modeling.pruning_settings import Sparsity, check_budget
+from llava_sparse.modeling.pruning_types import Geometry, Question, VisionFeatures, VisualTokens
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 9999)
@@ -29,8 +31,8 @@ MIXED = [tiny.QUESTIONS[0], TWO, "USER: Is there a dog ? ASSISTANT:", tiny.QUEST
 
 def drawn(
     seed: int, rows: int, columns: int, kind: str = "random", batch: int = 3, dtype: torch.dtype = torch.float32
-) -> Images:
-    """Images of `rows` x `columns` patches, with all that a method may ask for.
+) -> VisionFeatures:
+    """Pictures of `rows` x `columns` patches, with all that a method may ask for.
 
     Args:
         kind: "random"; "signs", few directions, each many times, so that ties are exact; "equal"; or "flat", of rank 2.
@@ -53,34 +55,47 @@ def drawn(
     pixels = torch.randn(batch, 3, 2 * rows, 2 * columns, generator=random)
     hidden, projected, text = features(1 + patches, 8), features(patches, 12), features(4, 12)
     hidden, projected, text = hidden.to(dtype), projected.to(dtype), text.to(dtype)
-    return Images(hidden, pixels, attention, keys.to(dtype), projected, None, Question(text, valid))
+    return VisionFeatures(
+        hidden[:, 1:],
+        (rows, columns),
+        hidden[:, 0],
+        attention,
+        keys[:, :, 1:].to(dtype),
+        projected,
+        fingerprints=image_fingerprints(pixels),
+        question=Question(text, valid),
+    )
 
 
 def resolved(name: str, patches: int, budget: float):
-    return METHODS[name].resolve(Geometry(patches, encoder_layers=6), budget, None, None, None)
+    return METHODS[name].resolve(Geometry(patches, encoder_layers=6), Sparsity(name, budget))
 
 
-def reduced(method, images: Images) -> Reduced:
+def reduced(method, images: VisionFeatures) -> VisualTokens:
     """The method on images, for one that merges inside the layers with layers that do nothing else."""
     if method.name == "tome":
-        hidden, size = images.hidden, torch.ones(images.hidden.shape[:2])
+        hidden = torch.cat([images.cls[:, None], images.features], dim=1)
+        size = torch.ones(hidden.shape[:2])
         places = torch.arange(hidden.shape[1]).expand(len(hidden), -1)
         for layer in range(5):
             if removed := method.removed(layer, 6, hidden.shape[1] - 1):
                 moved, count = bipartite_matching(hidden, removed)
                 hidden, size = merge(hidden, size, moved, count)
                 places = moved.gather(1, places)
-        images = replace(images, hidden=hidden, places=places)
+        # CLS, which is never merged, is token 0 before and after.
+        assert (places[:, 0] == 0).all() and (places[:, 1:] > 0).all()
+        images = replace(images, features=hidden[:, 1:], cls=hidden[:, 0], sources=places[:, 1:] - 1)
     return method.reduce(images)
 
 
-def alone(images: Images, row: int) -> Images:
-    index = torch.tensor([row])
-    return replace(images.rows(index), question=images.question.rows(index))
+def alone(images: VisionFeatures, row: int) -> VisionFeatures:
+    one = images.rows(torch.tensor([row]))
+    assert one.question.embeds.shape[0] == 1 and one.grid == images.grid
+    return one
 
 
-def source(name: str, images: Images) -> torch.Tensor:
-    return images.projected if name in BEHIND else images.hidden[:, 1:]
+def source(name: str, images: VisionFeatures) -> torch.Tensor:
+    return images.projected if name in BEHIND else images.features
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -96,14 +111,14 @@ def source(name: str, images: Images) -> torch.Tensor:
 def test_what_is_kept(name, seed, rows, columns, kind, share, ratio):
     """The budget exactly, nothing twice, in order; of each image of a batch what it has alone; merges add up."""
     images, patches = drawn(seed, rows, columns, kind), rows * columns
-    tokens = Sparsifier.check_budget(share, patches)
+    tokens = check_budget(share, patches)
     method = resolved(name, patches, share if ratio else tokens)
     got = reduced(method, images)
     assert method.tokens == tokens
     assert got.features.shape == (3, tokens, source(name, images).shape[2]) and got.features.isfinite().all()
     assert got.scores.shape == (3, patches) and got.scores.dtype == torch.float32 and not got.scores.isnan().any()
     stage = got.selection(4)
-    for image, numbers in enumerate(got.numbers.tolist()):
+    for image, numbers in enumerate(got.patch_index.tolist()):
         assert len(set(numbers)) == tokens and max(numbers) < patches + method.new_tokens
         assert min(numbers) >= 0 or (name == "visionzip" and numbers.index(-1) == 0)
         own = [n for n in numbers if 0 <= n < patches]
@@ -112,7 +127,7 @@ def test_what_is_kept(name, seed, rows, columns, kind, share, ratio):
             if 0 <= number < patches:
                 assert torch.equal(got.features[image, place], source(name, images)[image, number])
         if name in ("scope", "visionzip"):
-            assert torch.equal(got.scores, images.cls_attention.sum(1))
+            assert torch.equal(got.scores, images.saliency.sum(1))
         if name not in MERGING:
             assert own == numbers == sorted(numbers) and got.merged is None
         single = reduced(method, alone(images, image))
@@ -120,7 +135,7 @@ def test_what_is_kept(name, seed, rows, columns, kind, share, ratio):
             # Which of equal patches it is, rounding may decide once others are chosen.
             assert sorted(single.features[0].tolist()) == sorted(got.features[image].tolist())
         else:
-            assert single.numbers[0].tolist() == numbers
+            assert single.patch_index[0].tolist() == numbers
             torch.testing.assert_close(single.features[0], got.features[image])
         torch.testing.assert_close(single.scores[0], got.scores[image])
         if got.merged is None:
@@ -152,10 +167,8 @@ def test_half_precision(name, dtype, seed, kind, budget):
     assert got.features.dtype == dtype and got.features.isfinite().all() and got.scores.dtype == torch.float32
     if name == "tome":  # Its merged tokens are of the model's dtype from layer to layer.
         return
-    question = replace(images.question, embeds=images.question.embeds.float())
-    wide = replace(images._map(lambda x: x.float()), question=question)
-    expected = reduced(method, wide)
-    assert torch.equal(got.numbers, expected.numbers)
+    expected = reduced(method, images.map(lambda x: x.float() if x.is_floating_point() else x))
+    assert torch.equal(got.patch_index, expected.patch_index)
     assert torch.equal(got.features, expected.features.to(dtype)) and torch.equal(got.scores, expected.scores)
 
 
@@ -166,7 +179,7 @@ def test_all_patches_are_all_of_them_in_order(name, seed, rows, columns, kind):
     images, patches = drawn(seed, rows, columns, kind), rows * columns
     for budget in (patches, 1.0):
         got = reduced(resolved(name, patches, budget), images)
-        assert got.numbers.tolist() == [list(range(patches))] * 3
+        assert got.patch_index.tolist() == [list(range(patches))] * 3
         assert torch.equal(got.features, source(name, images))
         assert got.merged is None or (got.merged == -1).all()
 
@@ -177,7 +190,7 @@ def test_all_patches_are_all_of_them_in_order(name, seed, rows, columns, kind):
 def test_a_smaller_budget_is_a_part_of_a_larger_one(name, seed, kind, columns):
     images, before = drawn(seed, 4, columns, kind), [set()] * 3
     for budget in range(1, 4 * columns + 1):
-        kept = [set(numbers) for numbers in reduced(resolved(name, 4 * columns, budget), images).numbers.tolist()]
+        kept = [set(numbers) for numbers in reduced(resolved(name, 4 * columns, budget), images).patch_index.tolist()]
         assert all(less < more for less, more in zip(before, kept, strict=True))
         before = kept
 
@@ -189,17 +202,16 @@ def test_the_order_of_patches_does_not_matter(name, seed, order, budget):
     """Without ties: two patches that are each other's nearest are one for DivPrune's first choice."""
     images = drawn(seed, 3, 4, dtype=torch.float64, batch=1)
     attention = torch.rand(1, 2, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    images = replace(images, cls_attention=attention)
+    images = replace(images, saliency=attention)
     method, index = resolved(name, 12, budget), torch.tensor(order)
-    hidden = images.hidden[:, [0, *(index + 1).tolist()]]
-    moved = replace(images, hidden=hidden, projected=images.projected[:, index])
-    moved = replace(moved, cls_attention=images.cls_attention[:, :, index])
+    moved = replace(images, features=images.features[:, index], projected=images.projected[:, index])
+    moved = replace(moved, saliency=images.saliency[:, :, index])
     got = reduced(method, images)
     if name == "divprune":
         unit = torch.nn.functional.normalize(images.projected[0], dim=-1)
         nearest = (unit @ unit.T - 2 * torch.eye(12)).amax(-1).sort().values
         assume(nearest[1] - nearest[0] > 1e-9)
-    assert {order[n] for n in reduced(method, moved).numbers[0].tolist()} == set(got.numbers[0].tolist())
+    assert {order[n] for n in reduced(method, moved).patch_index[0].tolist()} == set(got.patch_index[0].tolist())
 
 
 @pytest.mark.parametrize("name", sorted(BEHIND))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,10 +19,11 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 import llava_sparse
 from llava_sparse import SparseLlavaConfig, SparseLlavaProcessor
 from llava_sparse.modeling.configuration_sparse_llava import build_sparsifier
-from llava_sparse.modeling.fastv import FastV, tokens_behind
-from llava_sparse.modeling.methods import METHODS
-from llava_sparse.modeling.pyramiddrop import PyramidDrop, pyramid
-from llava_sparse.modeling.sparsifier import Geometry, Sparsifier
+from llava_sparse.modeling.method_fastv import FastV, tokens_behind
+from llava_sparse.modeling.method_pyramiddrop import PyramidDrop, pyramid
+from llava_sparse.modeling.pruning_registry import METHODS
+from llava_sparse.modeling.pruning_settings import Sparsity, check_budget, option_defaults
+from llava_sparse.modeling.pruning_types import Geometry
 
 QUICK = settings(max_examples=50, deadline=None)
 NAMES = llava_sparse.list_methods()
@@ -63,19 +66,19 @@ def test_fastv_tokens(budget, patches, whole, depth):
         kept = tokens_behind(budget, patches, whole, depth)
         assert mean_over_layers({whole: kept}, patches, depth) == pytest.approx(budget)
     if (whole < depth and round(kept) >= 1) or budget == patches:
-        method = FastV.resolve(geometry, budget, [whole - 1], None, None)
+        method = FastV.resolve(geometry, Sparsity("fastv", budget, [whole - 1]))
         assert abs(mean_over_layers({whole: method.budgets[0]}, patches, depth) - budget) <= 0.5
     else:
-        with pytest.raises(ValueError, match=f"sparse_budget={budget}: .* mean over the layers"):
-            FastV.resolve(geometry, budget, [whole - 1], None, None)
-    (kept,) = FastV.resolve(Geometry(patches, 24, 32), budget, None, None, None).budgets
+        with pytest.raises(ValueError, match=f"`sparse_budget`={budget}: .* mean over the layers"):
+            FastV.resolve(geometry, Sparsity("fastv", budget, [whole - 1]))
+    (kept,) = FastV.resolve(Geometry(patches, 24, 32), Sparsity("fastv", budget)).budgets
     smallest = patches / 9
     if budget >= smallest:
         assert abs(mean_over_layers({2: kept}, patches, 32) - budget) <= 0.5
     else:
         exact = (smallest * 32 - patches * 2) / 30 * budget / smallest
         assert kept == 1 or abs(kept - exact) <= 0.5
-    shallow = FastV.resolve(Geometry(patches, 24, min(depth, 32)), budget, None, None, None)
+    shallow = FastV.resolve(Geometry(patches, 24, min(depth, 32)), Sparsity("fastv", budget))
     assert shallow.budgets == (kept,)
 
 
@@ -90,7 +93,7 @@ def test_pyramiddrop_tokens(budget, patches, depth):
     assert shares[1:] == pytest.approx([shares[0] ** 2, shares[0] ** 3])
     whole = [layer for layer in range(1, 9) if layer * 576 * 5 <= 3 * max(64, scaled) * 32 + 1e-6]
     assert first == max([1, *whole])
-    deep = PyramidDrop.resolve(Geometry(patches, 24, 32), budget, None, None, None)
+    deep = PyramidDrop.resolve(Geometry(patches, 24, 32), Sparsity("pyramiddrop", budget))
     assert deep.layers == (first, 2 * first, 3 * first)
     if scaled >= 64:
         tokens = dict(zip(deep.layers, deep.budgets, strict=True))
@@ -98,7 +101,7 @@ def test_pyramiddrop_tokens(budget, patches, depth):
     else:
         expected = [max(1, math.floor(share * scaled / 64 * patches + 0.5)) for share in shares]
         assert list(deep.budgets) == expected
-    own = PyramidDrop.resolve(Geometry(patches, 24, depth), budget, None, None, None)
+    own = PyramidDrop.resolve(Geometry(patches, 24, depth), Sparsity("pyramiddrop", budget))
     assert list(own.layers) == sorted(set(own.layers)) and own.layers[0] >= 1 and own.layers[-1] < depth
     assert own.budgets == deep.budgets[-len(own.layers) :]
     assert list(own.budgets) == sorted(own.budgets, reverse=True)
@@ -108,18 +111,21 @@ def test_pyramiddrop_published():
     assert [pyramid(budget)[0] for budget in (1, 64, 128, 192, 209, 210, 240, 576)] == [1, 2, 4, 6, 6, 7, 8, 8]
     first, shares = pyramid((8 * (1 + 0.5 + 0.25 + 0.125)) / 32 * 576)
     assert first == 8 and shares == pytest.approx((0.5, 0.25, 0.125))
-    with pytest.raises(ValueError, match="sparse_method='pyramiddrop'"):
-        PyramidDrop.resolve(Geometry(576, 24, 1), 64, None, None, None)
+    with pytest.raises(
+        ValueError, match="`sparse_method`='pyramiddrop' acts ahead of any layer but the first: one is not enough"
+    ):
+        PyramidDrop.resolve(Geometry(576, 24, 1), Sparsity("pyramiddrop", 64))
 
 
 @QUICK
 @given(ratio=st.floats(0, 1, exclude_min=True), patches=st.integers(1, 1000))
 def test_a_ratio_is_one_of_the_patches(ratio, patches):
-    got = Sparsifier.check_budget(ratio, patches)
+    got = check_budget(ratio, patches)
     assert got == max(1, round(ratio * patches)) and isinstance(got, int) and 1 <= got <= patches
     for wrong in (-ratio, 0.0, math.nextafter(1.0, 2), math.nan, math.inf, 0, patches + 1, True, str(ratio)):
-        with pytest.raises(ValueError, match=r"sparse_budget=.*integer from 1 to .*ratio above 0\.0"):
-            Sparsifier.check_budget(wrong, patches)
+        allowed = rf"`sparse_budget` must be an int in \[1, {patches}\], .* or a float in \(0, 1\], a ratio .*, got "
+        with pytest.raises(ValueError, match=allowed + re.escape(repr(wrong))):
+            check_budget(wrong, patches)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -128,13 +134,21 @@ def test_who_looks_at_the_question(processor, name):
     batches = [tiny.inputs(processor, [f"USER: <image> {asked} ? ASSISTANT:"] * 3) for asked in ("No", "two red dog")]
     kept = [run(name, batch, budget=5).selection[0].kept for batch in batches]
     assert torch.equal(*kept) != METHODS[name].looks_at_question
-    model = pruned()
+    features = pruned().get_image_features(batches[0]["pixel_values"])
     if METHODS[name].looks_at_question:
-        with pytest.raises(ValueError, match=f"{name} looks at the question: call the model with the whole prompt"):
-            model.get_image_features(batches[0]["pixel_values"])
+        # Nothing is chosen yet: all patches, and what the choice needs besides the question.
+        assert features.tokens is None and features.vision is not None
+        assert [len(image) for image in features.pooler_output] == [tiny.PATCHES] * 3
     else:
-        features = model.get_image_features(batches[0]["pixel_values"], output_selection=True)
-        assert torch.equal(features.selection[0].kept, kept[0])
+        assert features.vision is None and [len(image) for image in features.pooler_output] == [5] * 3
+        stages = [tokens.selection(4) for tokens in features.tokens]
+        alone = [stage.kept[0].tolist() for stage in stages]
+        # -1 is padding.
+        assert alone == [[n for n in row if n >= 0] for row in kept[0].tolist()]
+    for batch, expected in zip(batches, kept, strict=True):
+        batch = {key: value for key, value in batch.items() if key != "pixel_values"}
+        got = pruned()(**batch, mm_encoder_outputs={"image": features}, output_selection=True)
+        assert torch.equal(got.selection[0].kept, expected)
 
 
 COMPOSED = [
@@ -151,6 +165,8 @@ COMPOSED = [
     ({"budget": {"divprune": 0.75, "fastv": 3}}, [12], None),
     ({"options": {"divprune": {"budget": 9}, "fastv": {"layers": [2], "budgets": [3]}}}, [9], [3]),
     ({"budget": 6, "options": {"divprune": {"budget": 7}, "fastv": {"positions": "compact"}}}, [7], None),
+    # Its own, also where that is the same number.
+    ({"budget": 4, "options": {"divprune": {"budget": 4}}}, [4], None),
 ]
 
 
@@ -167,8 +183,8 @@ def test_composition_and_its_processor(processor, tmp_path, given, first, second
     asked = given.get("budget")
     if second is None:
         own = asked[1] if isinstance(asked, list) else asked["fastv"] if isinstance(asked, dict) else asked
-        own = Sparsifier.check_budget(own, 16) if own is asked else own
-        second = METHODS["fastv"].resolve(handed, own, None, None, None).budgets
+        own = check_budget(own, 16) if own is asked else own
+        second = METHODS["fastv"].resolve(handed, Sparsity("fastv", own)).budgets
     assert config.sparse_budgets == [first, list(second)]
     whole = config.sparse_layers[1][0] + 1
     text = int((batch["input_ids"] != 4).sum())
@@ -192,7 +208,7 @@ def test_composition_and_its_processor(processor, tmp_path, given, first, second
 def test_stages_of_a_composition_are_numbered_alike(processor, name, second, left):
     """The second stage's numbers are those that the first has left, in the order in which they entered the decoder."""
     given = {"budget": [9, None], "layers": [None, [2]], "budgets": [None, [left]]}
-    if METHODS[name].resolve(Geometry(16, 6, 6), 9, None, None, None).weighs:  # what decoder methods refuse
+    if METHODS[name].resolve(Geometry(16, 6, 6), Sparsity(name, 9)).needs_mask:  # what decoder methods refuse
         given["options"] = {name: {"proportional": False}}
     output = run(f"{name}+{second}", tiny.inputs(processor, MIXED), **given)
     assert output.logits.isfinite().all()
@@ -218,54 +234,72 @@ def test_stages_of_a_composition_are_numbered_alike(processor, name, second, lef
 
 MIX = {"sparse_method": "divprune+fastv", "sparse_budget": 64}
 TYPOS = [
-    *[({"sparse_method": n, "sparse_budget": b}, ["sparse_budget", repr(b), "from 1 to 576", "ratio"])
+    *[({"sparse_method": n, "sparse_budget": b},
+      ["`sparse_budget` must be an int in [1, 576]", "or a float in (0, 1], a ratio", f"got {b!r}."])
       for n in NAMES for b in (0, 577, -0.5, 1.5, True, "64", float("nan"))],
-    *[({"sparse_method": n, "sparse_budget": 64, "sparse_options": {"seeed": 1}}, ["'seeed'", n, "it has"])
+    *[({"sparse_method": n, "sparse_budget": 64, "sparse_options": {"seeed": 1}},
+      ["`sparse_options`", "'seeed'", n, "it has"])
       for n in NAMES],
-    *[({"sparse_method": n, "sparse_budget": 64, "sparse_options": ["seed"]}, ["sparse_options=['seed']", "allowed"])
+    *[({"sparse_method": n, "sparse_budget": 64, "sparse_options": ["seed"]},
+      ["`sparse_options` must be a dict", "got ['seed']."])
       for n in NAMES],
-    *[({"sparse_method": n, "sparse_budget": 64, "sparse_layers": v}, ["sparse_layers", repr(v), "allowed"])
+    *[({"sparse_method": n, "sparse_budget": 64, "sparse_layers": v},
+      ["`sparse_layers` must be a list of ", "ints in [", f"got {v!r}."])
       for n in NAMES for v in ([], [99], 5, ["2"], [1.0], [True])],
-    *[({"sparse_method": n, "sparse_budgets": v}, ["sparse_budgets", repr(v), "from"])
+    *[({"sparse_method": n, "sparse_budgets": v}, ["`sparse_budgets` must be a list of ", "ints in [", f"got {v!r}."])
       for n in NAMES for v in ([], [577] * 9, 5, ["2"], [-1], [1.5])],
-    *[({"sparse_method": n}, [repr(n), "needs sparse_budget"]) for n in NAMES if n != "sparsevlm"],
-    ({"sparse_method": "scope", "sparse_options": {"alpha": -1}}, ["alpha=-1", "a number from 0"]),
-    ({"sparse_method": "scope", "sparse_options": {"alpha": True}}, ["alpha=True", "a number from 0"]),
-    ({"sparse_method": "scope", "sparse_options": {"combined": "mult"}}, ["combined='mult'", "'multi'", "multi, add"]),
-    ({"sparse_method": "cdpruner", "sparse_options": {"clip": 3}}, ["clip=3", "Hub id or folder"]),
-    ({"sparse_method": "tome", "sparse_options": {"proportional": 1}}, ["proportional=1", "true or false"]),
-    ({"sparse_method": "tome", "sparse_layers": [23], "sparse_budgets": [300]}, ["[23]", "up to 22"]),
-    ({"sparse_method": "tome", "sparse_layers": [3, 1], "sparse_budgets": [300, 200]}, ["[3, 1]", "ascending"]),
-    ({"sparse_method": "tome", "sparse_layers": [3], "sparse_budgets": [287]}, ["[287]", "288 to 576"]),
-    ({"sparse_method": "tome", "sparse_layers": [3], "sparse_budget": 64}, ["sparse_budget=64", "288 to 576"]),
-    *[({"sparse_method": n, "sparse_options": {"positions": "orig"}}, ["positions='orig'", "compact, original"])
+    *[({"sparse_method": n}, [repr(n), "needs `sparse_budget`"]) for n in NAMES if n != "sparsevlm"],
+    ({"sparse_method": "scope", "sparse_options": {"alpha": -1}}, ["'alpha' must be a number from 0 on, got -1."]),
+    ({"sparse_method": "scope", "sparse_options": {"alpha": True}}, ["'alpha' must be a number from 0 on, got True."]),
+    ({"sparse_method": "scope", "sparse_options": {"combined": "mult"}},
+     ["'combined' must be one of 'multi', 'add', got 'mult'", "did you mean 'multi'?"]),
+    ({"sparse_method": "cdpruner", "sparse_options": {"clip": 3}}, ["'clip' must be a text of at most 1000 characters, got 3."]),
+    ({"sparse_method": "tome", "sparse_options": {"proportional": 1}},
+     ["'proportional' must be true or false, got 1."]),
+    ({"sparse_method": "tome", "sparse_layers": [23], "sparse_budgets": [300]},
+     ["`sparse_layers`", "up to 22", "got [23]."]),
+    ({"sparse_method": "tome", "sparse_layers": [3, 1], "sparse_budgets": [300, 200]},
+     ["`sparse_layers` must be ascending", "got [3, 1]."]),
+    ({"sparse_method": "tome", "sparse_layers": [3], "sparse_budgets": [287]},
+     ["`sparse_budgets`", "288 to 576", "got [287]."]),
+    ({"sparse_method": "tome", "sparse_layers": [3], "sparse_budget": 64}, ["`sparse_budget`=64", "288 to 576"]),
+    *[({"sparse_method": n, "sparse_options": {"positions": "orig"}},
+      ["'positions' must be one of 'compact', 'original', got 'orig'"])
       for n in ("fastv", "pyramiddrop", "random_decoder")],
-    *[({"sparse_method": n, "sparse_options": {"trim_cache": "no"}}, ["trim_cache='no'", "true or false"])
+    *[({"sparse_method": n, "sparse_options": {"trim_cache": "no"}}, ["'trim_cache' must be true or false, got 'no'."])
       for n in DECODERS],
-    *[({"sparse_method": n, "sparse_options": {"seed": -1}}, ["seed=-1", "an integer from 0"])
+    *[({"sparse_method": n, "sparse_options": {"seed": -1}}, ["'seed' must be an int in [0, 4294967295], got -1."])
       for n in ("random", "random_decoder")],
-    ({"sparse_method": "fastv", "sparse_layers": [1, 2], "sparse_budget": 64}, ["[1, 2]", "one layer"]),
-    ({"sparse_method": "fastv", "sparse_layers": [31], "sparse_budget": 64}, ["sparse_budget=64", "576 to 576"]),
-    ({"sparse_method": "pyramiddrop", "sparse_layers": [0], "sparse_budgets": [9]}, ["[0]", "from 1 to 31"]),
-    ({"sparse_method": "pyramiddrop", "sparse_layers": [4], "sparse_budget": 64}, ["[4]", "sparse_budgets"]),
-    ({**MIX, "sparse_method": "divprun+fastv"}, ["'divprun+fastv'", "did you mean 'divprune'", "allowed"]),
+    ({"sparse_method": "fastv", "sparse_layers": [1, 2], "sparse_budget": 64},
+     ["`sparse_layers` must be one layer", "got [1, 2]."]),
+    ({"sparse_method": "fastv", "sparse_layers": [31], "sparse_budget": 64}, ["`sparse_budget`=64", "576 to 576"]),
+    ({"sparse_method": "pyramiddrop", "sparse_layers": [0], "sparse_budgets": [9]},
+     ["`sparse_layers` must be", "ints in [1, 31], got [0]."]),
+    ({"sparse_method": "pyramiddrop", "sparse_layers": [4], "sparse_budget": 64},
+     ["`sparse_layers`=[4]", "`sparse_budgets`"]),
+    ({**MIX, "sparse_method": "divprun+fastv"},
+     ["`sparse_method` must be one of ", "got 'divprun+fastv'", "did you mean 'divprune'?"]),
     ({**MIX, "sparse_method": "fastv+divprune"}, ["'fastv+divprune'", "an encoder method, then a decoder method"]),
     ({**MIX, "sparse_method": "divprune+scope"}, ["'divprune+scope'", "one of", "fastv"]),
     ({**MIX, "sparse_method": "divprune+fastv+fastv"}, ["'divprune+fastv+fastv'", "then a decoder method"]),
-    ({**MIX, "sparse_method": "divprune+"}, ["'divprune+'", "allowed"]),
-    *[({**MIX, "sparse_budget": b}, ["sparse_budget", repr(b), "allowed"])
-      for b in ("64", True, [64], [1, 2, 3], {"divprun": 3}, 577, 1.5)],
-    ({**MIX, "sparse_budget": [64, 65]}, ["sparse_budget=65", "from 1 to 64"]),
-    *[({**MIX, f"sparse_{field}": v}, [f"sparse_{field}", repr(v), "two lists"])
+    ({**MIX, "sparse_method": "divprune+"}, ["`sparse_method` must be one of ", "got 'divprune+'"]),
+    *[({**MIX, "sparse_budget": b}, ["`sparse_budget` must", "two numbers", f"got {b!r}."])
+      for b in ("64", True, [64], [1, 2, 3], {"divprun": 3})],
+    *[({**MIX, "sparse_budget": b}, ["`sparse_budget` must be an int in [1, 576]", f"got {b!r}."]) for b in (577, 1.5)],
+    ({**MIX, "sparse_budget": [64, 65]}, ["`sparse_budget` must be an int in [1, 64]", "got 65."]),
+    *[({**MIX, f"sparse_{field}": v}, [f"`sparse_{field}` must", "two lists", f"got {v!r}."])
       for field in ("layers", "budgets") for v in (3, [3], [3, 4], [[3]], {"fast": [3]})],
-    ({**MIX, "sparse_budgets": [[600], None]}, ["sparse_budgets=[600]", "from 1 to 576"]),
-    ({"sparse_method": "divprune+fastv", "sparse_budgets": [[60], [61]]}, ["sparse_budgets=[61]", "from 0 to 60"]),
-    ({**MIX, "sparse_layers": [None, [32]]}, ["sparse_layers=[32]", "from 0 to 31"]),
-    ({**MIX, "sparse_options": {"positions": "compact"}}, ["{'positions': 'compact'}", "'divprune' and 'fastv'"]),
-    ({**MIX, "sparse_options": {"fastv": ["positions"]}}, ["fastv=['positions']", "a dict of options"]),
+    ({**MIX, "sparse_budgets": [[600], None]}, ["`sparse_budgets` must be", "ints in [1, 576], got [600]."]),
+    ({"sparse_method": "divprune+fastv", "sparse_budgets": [[60], [61]]},
+     ["`sparse_budgets` must be", "ints in [0, 60], got [61]."]),
+    ({**MIX, "sparse_layers": [None, [32]]}, ["`sparse_layers` must be", "ints in [0, 31], got [32]."]),
+    ({**MIX, "sparse_options": {"positions": "compact"}},
+     ["`sparse_options` must be a dict", "'divprune' and 'fastv'", "got {'positions': 'compact'}."]),
+    ({**MIX, "sparse_options": {"fastv": ["positions"]}}, ["fastv must have a dict of options, got ['positions']."]),
     ({**MIX, "sparse_options": {"fastv": {"position": "compact"}}}, ["'position'", "did you mean 'positions'"]),
-    ({**MIX, "sparse_options": {"fastv": {"positions": "x"}}}, ["positions='x'", "compact, original"]),
-    ({"sparse_method": "divprune+fastv"}, ["divprune", "needs sparse_budget"]),
+    ({**MIX, "sparse_options": {"fastv": {"positions": "x"}}},
+     ["'positions' must be one of 'compact', 'original', got 'x'."]),
+    ({"sparse_method": "divprune+fastv"}, ["divprune", "needs `sparse_budget`"]),
 ]  # fmt: skip
 
 
@@ -274,6 +308,157 @@ def test_typos_are_named(fields, words):
     with pytest.raises(ValueError, match="sparse_") as caught:
         SparseLlavaConfig(**fields)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@lru_cache(maxsize=1)
+def dense_model():
+    """Only read."""
+    return tiny.dense_model()
+
+
+@lru_cache(maxsize=1)
+def stock_config():
+    """The tiny model's, for configurations that are refused."""
+    return {"vision_config": tiny.vision_config(), "text_config": tiny.text_config(), "image_token_index": 4}
+
+
+def refusals(method: str, sparsify: bool = False, **settings: object) -> list[str]:
+    """What configuration, processor and `set_sparsity` say of settings that each of them has to refuse.
+
+    Args:
+        sparsify: whether `sparsify`, which takes ten times as long as all of them, is asked too.
+    """
+    fields = {"sparse_method": method, **{f"sparse_{name}": value for name, value in settings.items()}}
+    model = pruned()
+    model.set_sparsity("uniform", budget=5)
+    before, resolved = model.config.to_dict(), model.model.sparsifier
+    entries = [
+        lambda: SparseLlavaConfig(**stock_config(), **fields),
+        lambda: tiny.processor(SparseLlavaProcessor, **fields),
+        lambda: model.set_sparsity(method, **settings),
+        *([lambda: llava_sparse.sparsify(dense_model(), method, **settings)] if sparsify else []),
+    ]
+    messages = []
+    for entry in entries:
+        with pytest.raises(ValueError, match="sparse_") as caught:
+            entry()
+        messages.append(str(caught.value))
+        assert len(messages[-1]) < 600 and len(messages[-1].splitlines()) == 1
+    assert model.config.to_dict() == before and model.model.sparsifier is resolved
+    return messages
+
+
+def briefly(value: object) -> str:
+    """How a message begins to show a value."""
+    return f"got {value!r}"[:40] if not isinstance(value, int) or abs(value) < 10**4000 else "got a int too long"
+
+
+STAGED = [
+    *[(name, None, budgets) for name in DECODERS for budgets in ([1, 2, 3], [9, 4, 5], [8, 16])],
+    ("sparsevlm", {"version": "2.0"}, [3, 2, 3]),
+    ("sparsevlm", {"recycle": False}, [3, 2, 3]),
+    ("tome", None, [16, 9, 10]),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "budgets"), STAGED, ids=[f"{n}-{b}" for n, _, b in STAGED])
+def test_budgets_that_rise_are_refused(name, options, budgets):
+    """No stage can leave more tokens than the one before; budgets that stay the same or fall are allowed."""
+    layers = [1, 2, 4][: len(budgets)]
+    settings = {"budgets": budgets, "layers": layers, "options": options}
+    words = "a layer merges half of its tokens at most" if name == "tome" else "must fall from stage to stage"
+    for message in refusals(name, sparsify=True, **settings):
+        assert "`sparse_budgets`" in message and words in message and f"got {budgets}" in message
+    if name != "tome":
+        for own in ([[16], budgets], {"uniform": [16], name: budgets}):
+            of = None if options is None else {name: options}
+            for message in refusals(f"uniform+{name}", budgets=own, layers=[None, layers], options=of):
+                assert "`sparse_budgets` must fall from stage to stage" in message and f"got {budgets}" in message
+    model = pruned()
+    model.set_sparsity(name, **{**settings, "budgets": sorted(budgets, reverse=True)})
+    assert model.config.sparse_budgets == sorted(budgets, reverse=True)
+
+
+OPTIONS = [(name, option) for name in NAMES for option in option_defaults(METHODS[name])]
+STRANGE = {
+    "401 digits": 10**400,
+    "minus 401 digits": -(10**400),
+    "5001 digits": 10**5000,
+    "no text": "",
+    "no list": [],
+    "a list": [[1.0]],
+    "a long text": "x" * 10_000,
+    "not a number": math.nan,
+    "infinite": math.inf,
+    "minus infinite": -math.inf,
+    "a dict": {},
+}
+
+
+def test_every_option_is_tried():
+    assert {name for name, _ in OPTIONS} == {name for name in NAMES if option_defaults(METHODS[name])}
+    assert {("sparsevlm", "lam"), ("cdpruner", "clip"), ("random", "seed"), ("scope", "alpha")} < set(OPTIONS)
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=["-".join(pair) for pair in OPTIONS])
+def test_strange_values_of_options(name, option, kind):
+    """Refused by all that take settings, in few words: the option, and what was given, shortened."""
+    value = STRANGE[kind]
+    # Every option and every value once.
+    slow = OPTIONS.index((name, option)) % len(STRANGE) == list(STRANGE).index(kind)
+    messages = refusals(name, slow, budget=5, options={option: value})
+    other = f"{name}+fastv" if METHODS[name].kind == "encoder" else f"uniform+{name}"
+    messages += refusals(other, budget=5, options={name: {option: value}})
+    for message in messages:
+        assert f"`sparse_options`: {option!r} must be " in message and briefly(value) in message
+
+
+NO_COUNTS = [
+    10**30,
+    10**5000,
+    -1,
+    True,
+    False,
+    "64",
+    "",
+    np.int64(4),
+    np.uint8(4),
+    np.array(4),
+    [4],
+    [[4]],
+    [],
+    {"a": 4},
+]
+
+
+@pytest.mark.parametrize("number", range(len(NO_COUNTS)), ids=lambda n: f"{n}-{type(NO_COUNTS[n]).__name__}")
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_budget(name, number):
+    """The same words from all that take settings: of the budget, of an entry of budgets, of a composition's."""
+    value = NO_COUNTS[number]
+    slow = NAMES.index(name) % len(NO_COUNTS) == number
+    for message in (messages := refusals(name, slow, budget=value)):
+        assert message.startswith("`sparse_budget` must be an int in [1, 16]") and briefly(value) in message
+    assert len(set(messages)) == 1
+    stages = {"visionzip": 2, "tome": 5, "sparsevlm": 3, "pyramiddrop": 3, "random_decoder": 3}.get(name, 1)
+    for budgets in ([16] * (stages - 1) + [value], [[value] * stages]):
+        for message in refusals(name, slow, budgets=budgets):
+            assert message.startswith("`sparse_budgets` must be a list of ") and "ints in [" in message
+    if METHODS[name].kind == "encoder":
+        other, given, most = f"{name}+fastv", ([value, 4], {name: value})[number % 2], 16
+    else:
+        other, given, most = f"uniform+{name}", ([9, value], {"uniform": 9, name: value})[number % 2], 9
+    for message in refusals(other, budget=given):
+        assert message.startswith(f"`sparse_budget` must be an int in [1, {most}]") and briefly(value) in message
+
+
+@pytest.mark.parametrize(
+    "value", [10**30, True, "64", np.int64(4), np.float32(0.5), math.nan, [4], [[4, 4]], []], ids=str
+)
+def test_what_is_no_budget_for_two(value):
+    for message in refusals("divprune+fastv", budget=value):
+        assert message.startswith("`sparse_budget` must") and briefly(value) in message
 
 
 @pytest.mark.parametrize(
@@ -371,9 +556,12 @@ def test_clip_relevance_in_batches_and_beams(clip_folders, method, tmp_path):
     """Padded prompts, several images, none, a question of several parts, beams: each as it is alone."""
     folder = clip_folders[0]
     clip_processor(folder, method).save_pretrained(tmp_path)
-    ours = SparseLlavaProcessor.from_pretrained(tmp_path)
-    texts = [*MIXED, "USER: <image> Is there a dog or a cat in the image on the left ? No ? ASSISTANT:"]
+    # A saved folder names no model that is loaded unless who loads it says so.
+    with pytest.raises(ValueError, match=f"name a model to be loaded, clip='{folder}'"):
+        SparseLlavaProcessor.from_pretrained(tmp_path)
     options = {"clip": folder} if method == "cdpruner" else {"cdpruner": {"clip": folder}}
+    ours = SparseLlavaProcessor.from_pretrained(tmp_path, sparse_options=options)
+    texts = [*MIXED, "USER: <image> Is there a dog or a cat in the image on the left ? No ? ASSISTANT:"]
     batch = tiny.inputs(ours, texts)
     assert batch["question_ids"].shape == (5, 18) and batch["question_ids"][0].tolist().count(-1) == 8
     output = run(method, batch, budget=5, options=options)

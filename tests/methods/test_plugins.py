@@ -23,10 +23,11 @@ from transformers import AutoModelForImageTextToText
 import llava_sparse
 from llava_sparse import SparseLlavaProcessor, cli, method_table, plugins
 from llava_sparse.evaluation import evaluate_pope, plan_runs
-from llava_sparse.modeling.methods import METHODS
-from llava_sparse.modeling.sparsifier import DecoderSparsifier, EncoderSparsifier, Reduced, Sparsifier
-from llava_sparse.modeling.visionzip import VisionZip
-from llava_sparse.processing import processing_sparse_llava as processing
+from llava_sparse.modeling.method_visionzip import VisionZip
+from llava_sparse.modeling.pruning_methods import DecoderSparsifier, EncoderSparsifier, Sparsifier
+from llava_sparse.modeling.pruning_registry import METHODS
+from llava_sparse.modeling.pruning_settings import option, option_defaults
+from llava_sparse.modeling.pruning_types import VisualTokens
 from llava_sparse.reference import SCENES
 
 PICTURE = str(SCENES / "images" / "scene_000001.jpg")
@@ -38,7 +39,9 @@ from dataclasses import dataclass
 import torch
 
 import llava_sparse
-from llava_sparse.modeling.sparsifier import EncoderSparsifier, Reduced
+from llava_sparse.modeling.pruning_methods import EncoderSparsifier
+from llava_sparse.modeling.pruning_settings import option
+from llava_sparse.modeling.pruning_types import VisualTokens
 
 
 @llava_sparse.register_method
@@ -47,21 +50,20 @@ class Every(EncoderSparsifier):
     name = "every_nth"
     summary = "keeps the first patches from a place on"
     place = "projector"
-    option_defaults = {"start": 0}
 
-    start: int = 0
+    start: int = option(0, "the first patch", low=0)
 
-    def reduce(self, images):
-        patches = images.projected
+    def reduce(self, vision):
+        patches = vision.projected
         kept = torch.arange(self.start, self.start + self.tokens).expand(len(patches), -1)
-        return Reduced.kept(patches, kept, torch.zeros(patches.shape[:2]))
+        return VisualTokens.kept(patches, kept, torch.zeros(patches.shape[:2]))
 """
 
 DECODER = """
 from dataclasses import dataclass
 
 import llava_sparse
-from llava_sparse.modeling.sparsifier import DecoderSparsifier
+from llava_sparse.modeling.pruning_methods import DecoderSparsifier
 
 
 @llava_sparse.register_method
@@ -71,7 +73,6 @@ class Late(DecoderSparsifier):
     summary = "keeps the last tokens of a picture"
     looks_at_question = False
     positions: str = "original"
-    option_defaults = {"positions": "original"}
 
     @classmethod
     def preset_layers(cls, geometry, budget):
@@ -104,13 +105,12 @@ def _process_as_before():
 @pytest.fixture(autouse=True)
 def _tables():
     """Every test leaves the tables as they were."""
-    kept = [METHODS, processing.ENCODER_METHODS, plugins._plugins]
-    before, decoders, modules = [dict(table) for table in kept], list(processing.DECODER_METHODS), set(sys.modules)
+    kept = [METHODS, plugins._plugins]
+    before, modules = [dict(table) for table in kept], set(sys.modules)
     yield
     for table, old in zip(kept, before, strict=True):
         table.clear()
         table.update(old)
-    processing.DECODER_METHODS[:] = decoders
     for name in [name for name in sys.modules if name.startswith(plugins.PREFIX) and name not in modules]:
         del sys.modules[name]
 
@@ -141,10 +141,10 @@ def plugin(tmp_path):
 # Registration
 
 
-def keep_first(self, images):
-    patches = images.hidden[:, 1:]
+def keep_first(self, vision):
+    patches = vision.features
     kept = torch.arange(self.tokens).expand(len(patches), -1)
-    return Reduced.kept(patches, kept, torch.zeros(patches.shape[:2]))
+    return VisualTokens.kept(patches, kept, torch.zeros(patches.shape[:2]))
 
 
 def encoder(*fields, called="Mine", base=EncoderSparsifier, without=(), **attributes):
@@ -169,7 +169,7 @@ def decoder(*fields, layers=(1, 3), without=(), **attributes):
 
 
 def resolving(function):
-    return classmethod(lambda cls, geometry, budget, layers, budgets, options: function(cls, budget))
+    return classmethod(lambda cls, geometry, settings: function(cls, settings.budget))
 
 
 class NoDataclass(EncoderSparsifier):
@@ -216,34 +216,44 @@ INVALID = {
     "a line's end": (lambda: encoder(name="mine\n"), ValueError, NAMES),
     "dense": (lambda: encoder(name="dense"), ValueError, NAMES),
     "built in": (lambda: encoder(name="tome"), ValueError, "name='tome' is a method of llava_sparse; choose another"),
-    "built in, itself": (lambda: VisionZip, ValueError, "name='visionzip' is a method of llava_sparse"),
     "taken": (lambda: encoder(called="Other", name="taken"), ValueError, r"is that of .*\.Mine; choose another one"),
-    "no summary": (lambda: encoder(without=["summary"]), ValueError, "summary=None: a text is allowed; it says"),
+    "no summary": (lambda: encoder(without=["summary"]), ValueError, "summary=None: a text is allowed, of a few words"),
     "an empty summary": (lambda: encoder(summary=" "), ValueError, "summary=' '"),
-    "no text": (lambda: encoder(cost=3), ValueError, "cost=3: a text is allowed; it may be left out"),
+    "no text": (lambda: encoder(cost=3), ValueError, "cost=3: a text is allowed, of a few words"),
     "an empty paper": (lambda: encoder(paper=""), ValueError, "paper=''"),
-    "options no dict": (lambda: encoder(option_defaults=["seed"]), ValueError, r"option_defaults=\['seed'\]: a dict"),
-    "an option without field": (
-        lambda: encoder(("alpha", float, 1.0), option_defaults={"alhpa": 1.0}),
-        ValueError,
-        "'alhpa', which is no field of the dataclass; allowed: alpha",
-    ),
-    "layers as an option": (lambda: encoder(option_defaults={"layers": None}), ValueError, "'layers', which is no"),
     "not for JSON": (
-        lambda: encoder(("alpha", object, None), option_defaults={"alpha": {1}}),
+        lambda: encoder(("alpha", object, frozenset({1}))),
         ValueError,
-        r"alpha=\{1\} cannot be saved in a configuration",
+        r"option alpha=frozenset\(\{1\}\) cannot be saved in a configuration",
     ),
     "infinite": (
-        lambda: encoder(("alpha", float, 1.0), option_defaults={"alpha": float("inf")}),
+        lambda: encoder(("alpha", float, option(float("inf"), "an exponent"))),
         ValueError,
-        "alpha=inf cannot be saved",
+        "option alpha=inf cannot be saved",
     ),
-    "another kind": (lambda: encoder(kind="decoder"), ValueError, "kind='decoder': 'encoder' is allowed for a Enc"),
-    "a flag": (lambda: encoder(needs_attention="yes"), ValueError, "needs_attention='yes': true or false"),
-    "a decoder's flag": (lambda: decoder(before_layer=1), ValueError, "before_layer=1: true or false"),
-    "place": (lambda: encoder(place="here"), ValueError, "place='here': 'tower' or 'projector' is allowed"),
-    "layers": (lambda: encoder(place="layers"), ValueError, "place='layers'"),
+    "a default out of bounds": (
+        lambda: encoder(("alpha", float, option(2.0, "a share", low=0, high=1))),
+        ValueError,
+        r"raised ValueError: `sparse_options`: 'alpha' must be a number in \[0, 1\], got 2.0\..*Make it work",
+    ),
+    "another kind": (lambda: encoder(kind="decoder"), ValueError, "kind='decoder': 'encoder' is allowed"),
+    "a decoder's kind": (lambda: decoder(kind="encoder"), ValueError, "kind='encoder': 'decoder' is allowed"),
+    "a flag": (lambda: encoder(needs_attention="yes"), ValueError, "needs_attention='yes': True or False is allowed"),
+    "another flag": (lambda: encoder(draws=None), ValueError, "draws=None: True or False is allowed"),
+    "a number as a flag": (lambda: encoder(draws=1), ValueError, "draws=1: True or False is allowed"),
+    "a decoder's flag": (lambda: decoder(before_layer=1), ValueError, "before_layer=1: True or False is allowed"),
+    "place": (
+        lambda: encoder(place="here"),
+        ValueError,
+        "place='here': 'tower' or 'projector' or 'layers' is allowed",
+    ),
+    "a decoder's place": (lambda: decoder(place="tower"), ValueError, "place='tower': 'decoder' is allowed"),
+    "unit": (lambda: encoder(unit="video"), ValueError, "unit='video': 'tile' or 'picture' is allowed"),
+    "question in the layers": (
+        lambda: encoder(place="layers", looks_at_question=True),
+        ValueError,
+        "place='layers' with looks_at_question: 'projector' is allowed",
+    ),
     "question": (
         lambda: encoder(looks_at_question=True),
         ValueError,
@@ -252,22 +262,24 @@ INVALID = {
     "resolve raises": (
         lambda: encoder(resolve=resolving(fail)),
         ValueError,
-        "sparse_budget=4 of 16 patches raised RuntimeError: no luck. Make it work",
+        "a budget of 4 of 16 patches raised RuntimeError: no luck. Make it work",
     ),
     "resolve gives nothing": (lambda: encoder(resolve=resolving(lambda cls, b: None)), ValueError, "AttributeError"),
     "a field without default": (
         lambda: encoder(("alpha", float)),
         ValueError,
-        "raised TypeError: .*missing 1 required positional argument: 'alpha'",
+        "Mine: .*'?alpha'? .*default",
     ),
     "another number": (lambda: encoder(tokens=property(lambda self: 5)), ValueError, "tokens=5; 4 is allowed"),
-    "two numbers": (
-        lambda: encoder(
-            resolve=resolving(lambda cls, budget: cls((-2,), (budget - 1, 1))),
-            tokens=property(lambda self: sum(self.budgets)),
-        ),
+    "another number in processors": (
+        lambda: encoder(entering=classmethod(lambda cls, patches, settings: 5)),
         ValueError,
-        r"budgets=\(3, 1\); \(4,\) is allowed, the tokens of an image",
+        "gives tokens=5; 4 is allowed, what sparse_budget says",
+    ),
+    "no number in processors": (
+        lambda: encoder(entering=classmethod(lambda cls, patches, settings: None)),
+        ValueError,
+        "4 is allowed, what sparse_budget says",
     ),
     "positions": (lambda: decoder(without=["positions"]), ValueError, "positions=None; 'compact' or 'original' is"),
     "other positions": (lambda: decoder(positions="old"), ValueError, "positions='old'"),
@@ -280,11 +292,11 @@ INVALID = {
 def test_invalid_classes(case):
     make, kind, message = INVALID[case]
     llava_sparse.register_method(encoder(name="taken"))
-    before = dict(METHODS), dict(processing.ENCODER_METHODS), list(processing.DECODER_METHODS)
+    before = dict(METHODS)
     with pytest.raises(kind, match=message) as caught:
         llava_sparse.register_method(make())
     assert len(str(caught.value).splitlines()) == 1
-    assert before == (METHODS, processing.ENCODER_METHODS, processing.DECODER_METHODS)
+    assert before == METHODS
 
 
 def test_what_may_be_left_out():
@@ -301,9 +313,57 @@ def test_the_same_class_again_replaces_itself():
     assert METHODS["mine"] is again
     other_kind = llava_sparse.register_method(decoder())
     assert METHODS["mine"] is other_kind
-    assert "mine" not in processing.ENCODER_METHODS and processing.DECODER_METHODS.count("mine") == 1
-    llava_sparse.register_method(encoder())
-    assert "mine" in processing.ENCODER_METHODS and "mine" not in processing.DECODER_METHODS
+    fields = {"sparse_method": "mine", "sparse_budget": 4}
+    whole = tiny.inputs(tiny.processor(SparseLlavaProcessor, **fields), tiny.QUESTIONS)
+    assert (whole["input_ids"] == 4).sum(-1).tolist() == [tiny.PATCHES] * 3
+    last = llava_sparse.register_method(encoder())
+    assert METHODS["mine"] is last
+    short = tiny.inputs(tiny.processor(SparseLlavaProcessor, **fields), tiny.QUESTIONS)
+    assert (short["input_ids"] == 4).sum(-1).tolist() == [4] * 3
+
+
+def test_two_numbers_are_counted_as_the_class_says(dense):
+    """As VisionZip's: what enters the decoder is their sum, in the model and, by `entering`, in the processor."""
+    llava_sparse.register_method(
+        encoder(
+            resolve=resolving(lambda cls, budget: cls((-2,), (budget - 1, 1))),
+            tokens=property(lambda self: sum(self.budgets)),
+        )
+    )
+    batch = tiny.inputs(tiny.processor(SparseLlavaProcessor, sparse_method="mine", sparse_budget=6), tiny.QUESTIONS)
+    assert (batch["input_ids"] == 4).sum(-1).tolist() == [6, 6, 6]
+    model = llava_sparse.sparsify(dense, "mine", budget=6)
+    assert model.config.sparse_budgets == [5, 1]
+    assert model(**batch, output_selection=True).selection[0].kept.tolist() == [list(range(6))] * 3
+
+
+def test_a_method_of_the_package_is_registered_by_its_own_class_alone():
+    """Its files may be imported once more, as a folder of the Hub; another class does not get its name."""
+    before = dict(METHODS)
+    assert llava_sparse.register_method(VisionZip) is VisionZip
+    assert before == METHODS
+    with pytest.raises(ValueError, match="name='visionzip' is a method of llava_sparse; choose another"):
+        llava_sparse.register_method(encoder(called="VisionZip", base=VisionZip, name="visionzip"))
+    assert before == METHODS
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [("start", 3, ["3", 1.0, True]), ("share", 1, [1.5, "x", None]), ("word", "b", ["c", 1, None])],
+)
+def test_options_of_a_registered_method_are_checked(dense, name, right, wrong):
+    """By their fields: kind, bounds and words; a plain field by its default."""
+    llava_sparse.register_method(
+        encoder(
+            ("start", int, 0),
+            ("share", float, option(0.5, "a share", low=0, high=1)),
+            ("word", str, option("a", "a word", choices=("a", "b"))),
+        )
+    )
+    assert getattr(llava_sparse.sparsify(dense, "mine", 4, options={name: right}).model.sparsifier, name) == right
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"`sparse_options`: '{name}' must be .*, got {value!r}"):
+            llava_sparse.SparseLlavaConfig(sparse_method="mine", sparse_budget=4, sparse_options={name: value})
 
 
 def test_a_script_and_its_plugin_are_the_same(plugin, monkeypatch):
@@ -434,7 +494,6 @@ def test_a_plugin_that_fails_leaves_nothing(plugin):
         plugins.load_plugin(path)
     assert isinstance(caught.value.__cause__, KeyError)
     assert METHODS["every_nth"] is first and "late" not in METHODS
-    assert "late" not in processing.DECODER_METHODS
     assert sys.modules["llava_sparse_plugin_mine"] is module
     with pytest.raises(ValueError, match="SyntaxError"):
         plugins.load_plugin(plugin("x = = 1", "other.py"))
@@ -533,7 +592,7 @@ def test_the_table_says_all_of_every_method(run):
         assert (row["kind"], row["cost"], row["paper"]) == (method.kind, method.cost, method.paper)
         assert row["what it does"] == method.summary
         assert row["question"] == ("yes" if method.looks_at_question else "no")
-        options = [f"{option}={value!r}" for option, value in method.option_defaults.items()]
+        options = [f"{option}={value!r}" for option, value in option_defaults(method).items()]
         assert row["options"] == (", ".join(options) or "–")
     assert {name for name, row in rows.items() if row["question"] == "yes"} == {
         "cdpruner", "delegate", "fastv", "pyramiddrop", "sparsevlm",

@@ -9,9 +9,11 @@ import tiny
 import torch
 
 import llava_sparse
-from llava_sparse.modeling.methods import METHODS
-from llava_sparse.modeling.random_tokens import RandomTokens, image_fingerprints, random_scores, scramble
-from llava_sparse.modeling.sparsifier import Geometry, Images
+from llava_sparse.modeling.method_random import RandomTokens, random_scores
+from llava_sparse.modeling.pruning_ops import image_fingerprints, scramble
+from llava_sparse.modeling.pruning_registry import METHODS
+from llava_sparse.modeling.pruning_settings import Sparsity
+from llava_sparse.modeling.pruning_types import Geometry, VisionFeatures
 
 IMAGE = 4
 
@@ -26,9 +28,11 @@ def pixels(*seeds: int) -> torch.Tensor:
 
 
 def drawn(images: torch.Tensor, budget: int = 5, seed: int = 0, patches: int = 16) -> list[list[int]]:
-    method = RandomTokens.resolve(Geometry(patches=patches, encoder_layers=6), budget, None, None, {"seed": seed})
-    hidden = torch.zeros(len(images), patches + 1, 2)
-    return method.reduce(Images(hidden, images)).numbers.tolist()
+    settings = Sparsity("random", budget, options={"seed": seed})
+    method = RandomTokens.resolve(Geometry(patches=patches, encoder_layers=6), settings)
+    features = torch.zeros(len(images), patches, 2)
+    vision = VisionFeatures(features, (1, patches), fingerprints=image_fingerprints(images))
+    return method.reduce(vision).patch_index.tolist()
 
 
 def test_scramble_is_the_hash_that_its_formula_says():
@@ -123,6 +127,6 @@ def test_random_pruning_of_embeddings(dense, processor):
 def test_decoder_control_takes_the_tokens_of_sparsevlm():
     geometry = Geometry(patches=576, encoder_layers=24, decoder_layers=32)
     for budget in (64, 96, 128, 192, 300):
-        control = METHODS["random_decoder"].resolve(geometry, budget, None, None, None)
-        model = METHODS["sparsevlm"].resolve(geometry, budget, None, None, {"version": "2.0"})
+        control = METHODS["random_decoder"].resolve(geometry, Sparsity("random_decoder", budget))
+        model = METHODS["sparsevlm"].resolve(geometry, Sparsity("sparsevlm", budget, options={"version": "2.0"}))
         assert (control.layers, control.budgets, control.positions) == (model.layers, model.budgets, model.positions)

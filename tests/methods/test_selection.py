@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llava_sparse
-from llava_sparse.modeling.attention_rows import row_probabilities
-from llava_sparse.modeling.sparsevlm import density_clusters, text_raters
-from llava_sparse.modeling.tensors import cluster_mean
-from llava_sparse.modeling.token_layout import PromptLayout, plan_compaction
-from llava_sparse.modeling.visionzip import contextual_tokens, dominant_tokens
+from llava_sparse.modeling.method_sparsevlm import density_clusters, text_raters
+from llava_sparse.modeling.method_visionzip import contextual_tokens
+from llava_sparse.modeling.pruning_attention import row_probabilities
+from llava_sparse.modeling.pruning_ops import best, cluster_mean
+from llava_sparse.modeling.pruning_sequence import PromptLayout, plan_compaction
 
 QUICK = settings(max_examples=40, deadline=None)
 
@@ -31,23 +31,23 @@ def generator(seed: int) -> torch.Generator:
     ties=st.booleans(),
 )
 def test_visionzip_against_loops(seed, patches, dominant, contextual, ties):
+    """Patches alone: CLS, which counts as one of the dominant tokens, is neither chosen nor merged."""
     dominant = min(dominant, patches + 1)
     contextual = min(contextual, patches + 1 - dominant)
     if contextual < 1:
         return
     random = generator(seed)
-    hidden = torch.randn(2, patches + 1, 5, generator=random, dtype=torch.float64)
-    metric = torch.randn(2, patches + 1, 3, generator=random, dtype=torch.float64)
+    hidden = torch.randn(2, patches, 5, generator=random, dtype=torch.float64)
+    metric = torch.randn(2, patches, 3, generator=random, dtype=torch.float64)
     scores = torch.rand(2, patches, generator=random, dtype=torch.float64)
     if ties:
         scores = (scores * 3).round()
-    index = dominant_tokens(scores, dominant)
+    index = best(scores, dominant - 1)
     tokens, owner = contextual_tokens(hidden, metric, index, contextual)
     for image in range(2):
-        order = sorted(range(patches), key=lambda p: (-scores[image, p].item(), p))[: dominant - 1]
-        chosen = [0, *sorted(p + 1 for p in order)]
+        chosen = sorted(sorted(range(patches), key=lambda p: (-scores[image, p].item(), p))[: dominant - 1])
         assert index[image].tolist() == chosen
-        rest = [t for t in range(patches + 1) if t not in chosen]
+        rest = [t for t in range(patches) if t not in chosen]
         step = max(1, len(rest) // contextual)
         targets = [rest[i] for i in range(0, len(rest), step)][:contextual]
         unit = metric[image] / metric[image].norm(dim=-1, keepdim=True)
@@ -296,7 +296,7 @@ def test_visual_mask_equals_pixels(dense, processor):
     expected = model(**batch).logits
     got = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], visual_mask=visual).logits
     torch.testing.assert_close(got, expected)
-    with pytest.raises(ValueError, match="do not pass pixel_values"):
+    with pytest.raises(ValueError, match=r"pixel_values, .* visual_mask, .* exclude each other: pass one of them"):
         model(inputs_embeds=embeds, visual_mask=visual, pixel_values=batch["pixel_values"])
     model.set_sparsity("visionzip", budget=5)
     with pytest.raises(ValueError, match="prunes in the encoder"):

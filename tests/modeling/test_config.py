@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, CLIPVisionConfig, GemmaConfig, LlamaConfig, LlavaConfig, SiglipVisionConfig
 
 import llava_sparse
-from llava_sparse import SparseCLIPVisionConfig, SparseLlavaConfig
-from llava_sparse.modeling import composition
-from llava_sparse.modeling.methods import METHODS
-from llava_sparse.modeling.sparsevlm import default_budgets, default_layers
-from llava_sparse.processing import processing_sparse_llava
+from llava_sparse import SparseCLIPVisionConfig, SparseLlavaConfig, SparseLlavaProcessor
+from llava_sparse.modeling.configuration_sparse_llava import build_sparsifier
+from llava_sparse.modeling.method_sparsevlm import default_budgets, default_layers
+from llava_sparse.modeling.pruning_registry import METHODS
+from llava_sparse.modeling.pruning_settings import Sparsity
 
 
 @pytest.mark.parametrize(("budget", "split"), [(64, [54, 10]), (128, [108, 20]), (192, [162, 30])])
@@ -46,12 +46,14 @@ def test_sparsevlm_presets(version, budget, kept):
 def test_sparsevlm_ranked_preset():
     config = SparseLlavaConfig(sparse_method="sparsevlm", sparse_budget=128, sparse_options={"version": "1.0"})
     assert (config.sparse_layers, config.sparse_budgets) == ([2, 6, 15, 19], None)
-    method = METHODS["sparsevlm"].resolve(tiny_geometry(32, 576), 128, None, None, {"version": "1.0"})
+    method = METHODS["sparsevlm"].resolve(
+        tiny_geometry(32, 576), Sparsity("sparsevlm", 128, options={"version": "1.0"})
+    )
     assert (method.scale, method.bias) == (9.0, 6.0)
 
 
 def tiny_geometry(layers: int, patches: int):
-    from llava_sparse.modeling.sparsifier import Geometry
+    from llava_sparse.modeling.pruning_types import Geometry
 
     return Geometry(patches=patches, encoder_layers=24, decoder_layers=layers)
 
@@ -60,10 +62,10 @@ def tiny_geometry(layers: int, patches: int):
 def test_every_budget_is_served(budget, patches, depth):
     budget = min(budget, patches)
     geometry = tiny_geometry(depth, patches)
-    zipped = METHODS["visionzip"].resolve(geometry, budget, None, None, None)
+    zipped = METHODS["visionzip"].resolve(geometry, Sparsity("visionzip", budget))
     assert zipped.tokens == budget
     for version in ("1.0", "1.5", "2.0"):
-        sparse = METHODS["sparsevlm"].resolve(geometry, budget, None, None, {"version": version})
+        sparse = METHODS["sparsevlm"].resolve(geometry, Sparsity("sparsevlm", budget, options={"version": version}))
         assert list(sparse.layers) == sorted(set(sparse.layers))
         assert sparse.layers[0] >= 0 and sparse.layers[-1] < depth
         if version != "1.0":
@@ -88,43 +90,43 @@ def test_layers_scale_with_depth():
 ZIP = {"sparse_method": "visionzip", "sparse_budget": 64}
 SPARSE = {"sparse_method": "sparsevlm", "sparse_budget": 64}
 INVALID = [
-    ({"sparse_budget": 64}, "sparse_budget=64 without sparse_method"),
-    ({"sparse_layers": [1]}, "sparse_layers=.* without sparse_method"),
-    ({"sparse_budgets": [1, 1]}, "sparse_budgets=.* without sparse_method"),
-    ({"sparse_options": {}}, "sparse_options=.* without sparse_method"),
+    ({"sparse_budget": 64}, "`sparse_budget`=64 needs `sparse_method`"),
+    ({"sparse_layers": [1]}, "`sparse_layers`=.* needs `sparse_method`"),
+    ({"sparse_budgets": [1, 1]}, "`sparse_budgets`=.* needs `sparse_method`"),
+    ({"sparse_options": {}}, "`sparse_options`=.* needs `sparse_method`"),
     ({"sparse_method": "visionzap"}, "did you mean 'visionzip'"),
     ({"sparse_method": "VisionZip", "sparse_budget": 64}, "did you mean 'visionzip'"),
-    ({"sparse_method": 3}, "sparse_method=3 is unknown"),
+    ({"sparse_method": 3}, r"`sparse_method` must be one of .* got 3"),
     ({"sparse_metod": "visionzip"}, "did you mean 'sparse_method'"),
     ({"sparse_method": "visionzip", "sparse_buget": 64}, "did you mean 'sparse_budget'"),
-    ({"sparse_method": "visionzip"}, "needs sparse_budget"),
-    ({"sparse_method": "visionzip", "sparse_budget": 0}, "from 1 to 576"),
-    ({"sparse_method": "visionzip", "sparse_budget": 577}, "from 1 to 576"),
-    ({"sparse_method": "visionzip", "sparse_budget": True}, "from 1 to 576"),
-    ({"sparse_method": "visionzip", "sparse_budget": 64.0}, "from 1 to 576"),
-    ({"sparse_method": "visionzip", "sparse_budget": "64"}, "from 1 to 576"),
+    ({"sparse_method": "visionzip"}, "needs `sparse_budget`"),
+    ({"sparse_method": "visionzip", "sparse_budget": 0}, r"in \[1, 576\]"),
+    ({"sparse_method": "visionzip", "sparse_budget": 577}, r"in \[1, 576\]"),
+    ({"sparse_method": "visionzip", "sparse_budget": True}, r"in \[1, 576\]"),
+    ({"sparse_method": "visionzip", "sparse_budget": 64.0}, r"in \[1, 576\]"),
+    ({"sparse_method": "visionzip", "sparse_budget": "64"}, r"in \[1, 576\]"),
     ({"sparse_method": "visionzip", "sparse_budgets": [54]}, "a list of 2"),
     ({"sparse_method": "visionzip", "sparse_budgets": [0, 10]}, "dominant must be at least 1"),
     ({"sparse_method": "visionzip", "sparse_budgets": [570, 10]}, "at most 577"),
     ({"sparse_method": "visionzip", "sparse_budgets": [54, -1]}, "sparse_budgets"),
-    ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_layers": [24]}, "from -24 to 23"),
+    ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_layers": [24]}, r"in \[-24, 23\]"),
     ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_layers": [1, 2]}, "a list of 1"),
-    ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_layers": 3}, "sparse_layers=3"),
+    ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_layers": 3}, r"`sparse_layers` must be .* got 3"),
     ({**ZIP, "sparse_options": {"version": "1"}}, "has no option 'version'"),
     ({**ZIP, "sparse_options": []}, "a dict"),
-    ({"sparse_method": "sparsevlm"}, "needs sparse_budget"),
-    ({"sparse_method": "sparsevlm", "sparse_budget": -1}, "from 1 to 576"),
-    ({"sparse_method": "sparsevlm", "sparse_layers": [2, 6], "sparse_budgets": [1, 2, 3]}, "a list of 2"),
-    ({"sparse_method": "sparsevlm", "sparse_layers": [6, 2], "sparse_budgets": [1, 2]}, "ascending"),
-    ({"sparse_method": "sparsevlm", "sparse_layers": [2, 2], "sparse_budgets": [1, 2]}, "ascending"),
-    ({"sparse_method": "sparsevlm", "sparse_layers": [32], "sparse_budgets": [1]}, "from 0 to 31"),
-    ({"sparse_method": "sparsevlm", "sparse_layers": [-2], "sparse_budgets": [1]}, "from 0 to 31"),
+    ({"sparse_method": "sparsevlm"}, "needs `sparse_budget`"),
+    ({"sparse_method": "sparsevlm", "sparse_budget": -1}, r"in \[1, 576\]"),
+    ({"sparse_method": "sparsevlm", "sparse_layers": [2, 6], "sparse_budgets": [3, 2, 1]}, "a list of 2"),
+    ({"sparse_method": "sparsevlm", "sparse_layers": [6, 2], "sparse_budgets": [2, 1]}, "ascending"),
+    ({"sparse_method": "sparsevlm", "sparse_layers": [2, 2], "sparse_budgets": [2, 1]}, "ascending"),
+    ({"sparse_method": "sparsevlm", "sparse_layers": [32], "sparse_budgets": [1]}, r"in \[0, 31\]"),
+    ({"sparse_method": "sparsevlm", "sparse_layers": [-2], "sparse_budgets": [1]}, r"in \[0, 31\]"),
     ({"sparse_method": "sparsevlm", "sparse_layers": [], "sparse_budgets": []}, "sparse_layers"),
-    ({"sparse_method": "sparsevlm", "sparse_budgets": [0, 1, 1]}, "from 1 to 576"),
-    ({"sparse_method": "sparsevlm", "sparse_budgets": [600, 1, 1]}, "from 1 to 576"),
-    ({"sparse_method": "sparsevlm", "sparse_layers": [1, 2, 3, 4], "sparse_budget": 64}, "give sparse_budgets too"),
-    ({**SPARSE, "sparse_options": {"version": "3.0"}}, "allowed: 1.0, 1.5, 2.0"),
-    ({**SPARSE, "sparse_options": {"version": 1.5}}, "allowed: 1.0, 1.5, 2.0"),
+    ({"sparse_method": "sparsevlm", "sparse_budgets": [0, 1, 1]}, r"in \[1, 576\]"),
+    ({"sparse_method": "sparsevlm", "sparse_budgets": [600, 1, 1]}, r"in \[1, 576\]"),
+    ({"sparse_method": "sparsevlm", "sparse_layers": [1, 2, 3, 4], "sparse_budget": 64}, "give `sparse_budgets` too"),
+    ({**SPARSE, "sparse_options": {"version": "3.0"}}, "one of '1.0', '1.5', '2.0'"),
+    ({**SPARSE, "sparse_options": {"version": 1.5}}, "one of '1.0', '1.5', '2.0'"),
     ({**SPARSE, "sparse_options": {"vesion": "2.0"}}, "did you mean 'version'"),
     ({**SPARSE, "sparse_options": {"positions": "origin"}}, "did you mean 'original'"),
     ({**SPARSE, "sparse_options": {"scale": 2.0}}, "version '1.0'"),
@@ -133,7 +135,10 @@ INVALID = [
     ({"sparse_method": "sparsevlm", "sparse_options": {"version": "1.0", "lam": 1, "bias": 2}}, "not both"),
     ({"sparse_method": "sparsevlm", "sparse_options": {"version": "1.0", "scale": float("inf")}}, "a number from 0"),
     ({"sparse_method": "sparsevlm", "sparse_options": {"version": "1.0", "lam": float("nan")}}, "a number from 0"),
-    ({**SPARSE, "sparse_options": {"positions": ""}}, "allowed: compact, original"),
+    ({"sparse_method": "sparsevlm", "sparse_budgets": [1, 2, 3]}, "must fall from stage to stage"),
+    ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_budgets": [20, 4]}, "contradicts the given"),
+    ({"sparse_method": "sparsevlm", "sparse_budget": 64, "sparse_budgets": [50, 40, 30]}, "contradicts the given"),
+    ({**SPARSE, "sparse_options": {"positions": ""}}, "one of 'compact', 'original'"),
 ]  # fmt: skip
 
 
@@ -147,8 +152,8 @@ def test_invalid_settings(fields, message, tmp_path):
 
 
 def test_explicit_budgets_win_over_the_preset():
-    config = SparseLlavaConfig(sparse_method="visionzip", sparse_budget=64, sparse_budgets=[20, 4])
-    assert config.sparse_budgets == [20, 4]
+    config = SparseLlavaConfig(sparse_method="visionzip", sparse_budget=64, sparse_budgets=[64, 0])
+    assert config.sparse_budgets == [64, 0]
     config = SparseLlavaConfig(sparse_method="sparsevlm", sparse_budget=64, sparse_layers=[3, 5, 9])
     assert (config.sparse_layers, config.sparse_budgets) == ([3, 5, 9], [66, 30, 17])
 
@@ -198,9 +203,7 @@ def test_settings_given_by_hand_survive_other_keywords(tmp_path):
     sparse.save_pretrained(tmp_path)
     other = AutoConfig.from_pretrained(tmp_path, sparse_options={"version": "2.0"})
     assert (other.sparse_layers, other.sparse_budgets) == ([2, 6, 15], [66, 34, 20])
-    SparseLlavaConfig(sparse_method="sparsevlm", sparse_budget=64, sparse_budgets=[50, 40, 30]).save_pretrained(
-        tmp_path
-    )
+    SparseLlavaConfig(sparse_method="sparsevlm", sparse_budgets=[50, 40, 30]).save_pretrained(tmp_path)
     moved = AutoConfig.from_pretrained(tmp_path, sparse_layers=[3, 5, 9])
     assert (moved.sparse_layers, moved.sparse_budgets) == ([3, 5, 9], [50, 40, 30])
     SparseLlavaConfig(sparse_method="sparsevlm", sparse_budget=64, sparse_layers=[3, 5, 9]).save_pretrained(tmp_path)
@@ -243,26 +246,107 @@ def test_methods_describe_themselves():
         assert "arXiv" in method.paper and method.summary and method.__doc__
 
 
-def test_processor_knows_the_methods():
-    for name, method in METHODS.items():
-        known = {"encoder": processing_sparse_llava.ENCODER_METHODS, "decoder": processing_sparse_llava.DECODER_METHODS}
-        assert name in known[method.kind]
-    assert len(METHODS) == len([*processing_sparse_llava.ENCODER_METHODS, *processing_sparse_llava.DECODER_METHODS])
-    ours = (processing_sparse_llava.JOIN, processing_sparse_llava.SURPLUS)
-    assert ours == (composition.JOIN, composition.SURPLUS)
+def test_processor_and_configuration_refuse_the_same():
+    for fields, message in INVALID:
+        # What depends on the layers, a processor cannot know.
+        staged = fields.get("sparse_method") == "sparsevlm" and "contradicts" in message
+        if staged or "sparse_layers" in fields or "metod" in str(fields) or "buget" in str(fields):
+            continue
+        with pytest.raises(ValueError, match=message):
+            tiny.processor(SparseLlavaProcessor, side=336, **fields)
 
 
-def test_a_stock_class_stays_dense(tmp_path, caplog):
-    """Asked for a method, or given a pruned model's folder, it says that it is dense, and saves no half settings."""
-    from transformers import CONFIG_MAPPING, LlavaForConditionalGeneration
+def test_an_edited_budget_is_the_budget(tmp_path):
+    config = SparseLlavaConfig(sparse_method="visionzip", sparse_budget=64)
+    config.sparse_budget = 128
+    assert config.sparse_budgets == [108, 20] and build_sparsifier(config).tokens == 128
+    config.sparse_method, config.sparse_budget = "sparsevlm", 64
+    assert (config.sparse_layers, config.sparse_budgets) == ([2, 6, 15], [66, 30, 17])
+    config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["sparse_budget"] = 192
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert AutoConfig.from_pretrained(tmp_path).sparse_budgets == [300, 200, 110]
+    config.sparse_budgets = [5, 4, 3]
+    with pytest.raises(ValueError, match="contradicts"):
+        build_sparsifier(config)
 
+
+def test_folders_of_older_versions_hold_the_expansion_too(tmp_path):
+    config = SparseLlavaConfig(sparse_method="visionzip", sparse_budget=64)
+    config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content |= {"sparse_layers": [-2], "sparse_budgets": [54, 10]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    old = AutoConfig.from_pretrained(tmp_path)
+    assert old.sparse_budgets == [54, 10]
+    old.sparse_budget = 128
+    assert old.sparse_budgets == [108, 20]
+    assert AutoConfig.from_pretrained(tmp_path, sparse_budget=192).sparse_budgets == [162, 30]
+    content["sparse_budget"] = 192
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="contradicts"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_one_and_all_are_told_apart(caplog):
+    logger = logging.getLogger("llava_sparse.modeling.configuration_sparse_llava")
+    logger.addHandler(caplog.handler)
+    logger.warning_once.cache_clear()
+    SparseLlavaConfig(sparse_method="divprune", sparse_budget=1)
+    SparseLlavaConfig(sparse_method="divprune", sparse_budget=1.0)
+    logger.removeHandler(caplog.handler)
+    assert "sparse_budget=1 keeps one token; 1.0 keeps all" in caplog.text
+    assert "sparse_budget=1.0 keeps all 576 tokens; 1 keeps one" in caplog.text
+
+
+def test_a_class_that_does_not_prune_says_so(tmp_path, caplog):
+    from transformers import (
+        AutoModel,
+        LlavaForConditionalGeneration,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+    )
+
+    tiny.save_checkpoint(tmp_path / "stock")
     llava_sparse.sparsify(tiny.dense_model(), "visionzip", budget=5).save_pretrained(tmp_path / "pruned")
-    logger = logging.getLogger("llava_sparse._registration")
+    LlavaNextConfig().save_pretrained(tmp_path / "next")
+    message = "does not prune. Supported is LLaVA-1.5 .*AutoModelForImageTextToText.from_pretrained"
+    for load, folder, settings in (
+        (LlavaForConditionalGeneration, "stock", {"sparse_method": "visionzip", "sparse_budget": 5}),
+        (LlavaNextForConditionalGeneration, "next", {"sparse_method": "visionzip", "sparse_budget": 5}),
+        (AutoModel, "next", {"sparse_method": "visionzip", "sparse_budget": 5}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load.from_pretrained(tmp_path / folder, **settings)
+    logger = logging.getLogger("llava_sparse.auto")
     logger.addHandler(caplog.handler)
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "pruned")
     logger.removeHandler(caplog.handler)
-    assert "sparse_method='visionzip' is ignored" in caplog.text
+    assert "sparse_method='visionzip' of this folder is ignored" in caplog.text
     assert stock.config.sparse_method is None
-    stock.save_pretrained(tmp_path / "stock")
-    assert type(AutoConfig.from_pretrained(tmp_path / "stock")) is LlavaConfig
-    assert isinstance(LlavaConfig(), CONFIG_MAPPING["llava"])
+    stock.save_pretrained(tmp_path / "again")
+    assert type(AutoConfig.from_pretrained(tmp_path / "again")) is LlavaConfig
+
+
+def test_keywords_beside_a_configuration_object(tmp_path):
+    from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+
+    tiny.save_checkpoint(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is LlavaConfig
+    model = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, config=config, sparse_method="divprune", sparse_budget=5
+    )
+    assert type(model) is llava_sparse.SparseLlavaForConditionalGeneration and model.model.sparsifier.tokens == 5
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path, config=config)
+    assert type(plain) is LlavaForConditionalGeneration
+
+
+def test_a_checkpoint_names_nothing_to_be_loaded(tmp_path):
+    settings = {"sparse_method": "cdpruner", "sparse_budget": 64, "sparse_options": {"clip": "somebody/clip"}}
+    SparseLlavaConfig(**settings).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="only if you name it"):
+        AutoConfig.from_pretrained(tmp_path)
+    named = AutoConfig.from_pretrained(tmp_path, sparse_options={"clip": "mine/clip"})
+    assert named.sparse_options == {"clip": "mine/clip"}

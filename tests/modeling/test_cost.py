@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llava_sparse
-from llava_sparse.modeling.modeling_sparse_llama import PrunedDecoderMixin
+from llava_sparse.modeling.pruning_decoder import DecoderRun
 
 # Calls that make the host wait for the device, or shapes that depend on values.
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique", "_unique2"}
@@ -105,7 +105,7 @@ def test_fixed_budgets_never_wait_for_the_host(large, monkeypatch, method, setti
             model.get_image_features(inputs["pixel_values"])
         names = watch.names
     else:
-        prune = PrunedDecoderMixin._prune
+        prune = DecoderRun._prune
 
         def watched(self, *args):
             with Watch() as watch:
@@ -113,7 +113,7 @@ def test_fixed_budgets_never_wait_for_the_host(large, monkeypatch, method, setti
             names.extend(watch.names)
             return out
 
-        monkeypatch.setattr(PrunedDecoderMixin, "_prune", watched)
+        monkeypatch.setattr(DecoderRun, "_prune", watched)
         with torch.no_grad():
             model(**inputs)
     assert "topk" in names or "sort" in names

@@ -8,7 +8,7 @@ import torch
 
 import llava_sparse
 from llava_sparse.benchmark import bench
-from llava_sparse.modeling.modeling_sparse_llama import PrunedDecoderMixin
+from llava_sparse.modeling.modeling_sparse_text import PrunedDecoderMixin
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,6 +19,10 @@ from llava_sparse.evaluation import plan_runs, split_methods
 from llava_sparse.reference import CHECKPOINT, SCENES
 
 PICTURE = str(SCENES / "images" / "scene_000001.jpg")
+BUDGET = (
+    "`sparse_budget` must be an int in [1, 576], the visual tokens of one image, or a float in (0, 1], a ratio of them"
+)
+RATERS = "`sparse_options`: 'raters' must be one of 'selected', 'text', 'all', got 'any'."
 
 
 @pytest.fixture(autouse=True)
@@ -91,13 +95,16 @@ def test_pope_on_a_folder(run):
     ("command", "code", "message"),
     [
         (["pope", "--methods", "dense,vision-zip"], 1, "'vision-zip' is unknown (did you mean 'visionzip'?)"),
-        (["pope", "--budget", "0", "--limit", "1"], 1, "sparse_budget=0: an integer from 1 to 576"),
+        (["pope", "--budget", "0", "--limit", "1"], 1, f"{BUDGET}, got 0."),
+        (["pope", "--budget", "0.0", "--limit", "1"], 1, f"{BUDGET}, got 0.0."),
+        (["pope", "--budget", "1.5", "--limit", "1"], 1, f"{BUDGET}, got 1.5."),
+        (["pope", "--budgets", "0.5,0.50", "--limit", "1"], 1, "visionzip@0.5 is there 2 times"),
         (["pope", "--budget", "many"], 2, "Invalid value for '--budget'"),
-        (["pope", "--budgets", "64,"], 2, "'64,': whole numbers, separated by commas, are allowed"),
+        (["pope", "--budgets", "64,"], 2, "'64,': whole numbers or ratios (0.25), separated by commas, are allowed"),
         (["pope", "--seeds", "x"], 2, "Invalid value for '--seeds'"),
         (["pope", "--budgets", "64,64", "--limit", "1"], 1, "visionzip@64 is there 2 times"),
         (["pope", "--methods", "sparsevlm:rater=all"], 1, "'rater=all' is no option (did you mean 'raters'?)"),
-        (["pope", "--methods", "sparsevlm:raters=any", "--limit", "1"], 1, "raters='any'"),
+        (["pope", "--methods", "sparsevlm:raters=any", "--limit", "1"], 1, RATERS),
         (["pope", "--answer-mode", "logit"], 1, "answer_mode 'logit' is unknown; allowed: text, logits"),
         (["pope", "--prompt", "{question}"], 1, "<image> has to be in it once; it is there 0 times"),
         (["pope", "--split", "rondom"], 1, "rondom"),
@@ -116,11 +123,13 @@ def test_pope_on_a_folder(run):
         (["ask", __file__, "Is there a dog?"], 1, "this is not an image that can be read"),
         (["ask", PICTURE], 2, "Missing argument 'question'"),
         (["ask", PICTURE, "Is there a dog?", "--method", "sparse-vlm"], 1, "did you mean 'sparsevlm'?"),
-        (["ask", PICTURE, "Is there a dog?", "--budget", "1000"], 1, "sparse_budget=1000"),
+        (["ask", PICTURE, "Is there a dog?", "--budget", "1000"], 1, f"{BUDGET}, got 1000."),
+        (["ask", PICTURE, "Is there a dog?", "--budget", "many"], 2, "'many': a whole number or a ratio (0.25) is"),
         (["ask", PICTURE, "Is there a dog in this <image>?"], 1, "text without <image> is allowed"),
         (["bench", "--shape", "7b"], 1, "shape '7b'"),
         (["bench", "--shape", "small", "--model", "x"], 1, "model, shape: one of them is allowed"),
         (["bench", "--methods", "visionzp"], 1, "did you mean 'visionzip'?"),
+        (["bench", "--budgets", "half"], 2, "'half': whole numbers or ratios (0.25), separated by commas, are allowed"),
         (["bench", "--batch-sizes", "0"], 1, "batch_sizes=[0]: whole numbers from 1 on"),
         (["bench", "--batch-sizes", "1,x"], 2, "Invalid value for '--batch-sizes'"),
         (["bench", "--rounds", "0"], 2, "Invalid value for '--rounds'"),
@@ -225,6 +234,32 @@ def test_pope_with_several_budgets_prompt_and_logits(run, tmp_path):
     assert results["settings"]["prompt"] == "USER: <image>\n{question} ASSISTANT:"
     assert list(results["methods"][0]["splits"]) == ["popular"]
     assert 0 <= results["methods"][0]["scores"]["average"]["roc_auc"] <= 1
+
+
+def test_budgets_that_are_ratios(run, tmp_path):
+    """From the command line to results, their table, a report, and a benchmark."""
+    output, page = tmp_path / "run.json", tmp_path / "report"
+    arguments = ("--methods", "dense,visionzip", "--budgets", "0.25,64", "--limit", 4, "--output", output)
+    code, out, err = run("pope", *arguments)
+    assert code == 0
+    assert "visionzip@0.25" in out
+    results = json.loads(output.read_text())
+    assert [entry["name"] for entry in results["methods"]] == ["dense", "visionzip@0.25", "visionzip@64"]
+    assert [entry["budget"] for entry in results["methods"]] == [None, 0.25, 64]
+    assert [entry["visual_tokens"] for entry in results["methods"]] == [576, 144, 64]
+    assert results["settings"]["budgets"] == [0.25, 64]
+    written, finished = output.read_bytes(), err
+    assert run("pope", *arguments)[0] == 0 and output.read_bytes() == written, finished
+    assert run("report", output, "--html", f"{page}.html", "--markdown", f"{page}.md")[0] == 0
+    for text in ((tmp_path / name).read_text() for name in ("report.html", "report.md")):
+        assert "visionzip@0.25" in text and "budget 0.25" in text
+    question = (PICTURE, "Is there a dog in the image?", "--budget", "0.25")
+    assert run("ask", *question, "--method", "visionzip") == (0, "Yes\n", "")
+    quick = ("--methods", "visionzip", "--budget", 0.25, "--rounds", 1, "--warm-up", 0, "--new-tokens", 2)
+    code, out, _ = run("bench", *quick, "--text-tokens", 8, "--output", tmp_path / "bench.json")
+    assert code == 0 and "visionzip@0.25" in out
+    dense, quarter = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert dense["lengths"][0] - quarter["lengths"][0] == 576 - 144
 
 
 def test_bench(run, tmp_path):

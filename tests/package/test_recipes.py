@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
 
 from llava_sparse import SparseLlavaConfig, SparseLlavaProcessor
-from llava_sparse.modeling.methods import METHODS
-from llava_sparse.processing.processing_sparse_llava import _budget
+from llava_sparse.modeling.pruning_registry import METHODS
 
 ROOT = Path(__file__).parents[2]
+BUDGET = (
+    "`sparse_budget` must be an int in [1, 16], the visual tokens of one image, or a float in (0, 1], a ratio of them"
+)
+PARTS = "`sparse_budgets` must be a list of 2 ints in [0, 17]"
 RECIPES = sorted(path.parent for path in (ROOT / "hub_configs").glob("*/config.json"))
 
 
@@ -36,8 +40,16 @@ def test_recipe_loads_and_says_what_it_means(folder):
     assert (config.sparse_layers, config.sparse_budgets) == (by_hand.sparse_layers, by_hand.sparse_budgets)
     assert config.text_config.num_hidden_layers == 32 and config.text_config.vocab_size == 32064
     processor = json.loads((folder / "processor_config.json").read_text())
-    tokens = _budget(*(processor[f"sparse_{name}"] for name in ("method", "budget", "budgets")))
-    assert tokens == (int(budget) if METHODS[method].kind == "encoder" else None)
+    settings = {name: value for name, value in processor.items() if name.startswith("sparse_")}
+    tokens = int(budget) if METHODS[method].kind == "encoder" else None
+    assert settings.pop("sparse_tokens", None) == tokens
+    assert settings == {"sparse_method": method, "sparse_budget": int(budget)}
+    pictures = CLIPImageProcessor(**processor.pop("image_processor"))
+    assert processor.pop("processor_class") == "SparseLlavaProcessor"
+    ours = SparseLlavaProcessor(pictures, tiny.tokenizer(), **processor)
+    assert ours.sparse_tokens == tokens
+    (count,) = ours._get_num_multimodal_tokens(image_sizes=[(336, 336)]).num_image_tokens
+    assert count == (tokens or 576)
     assert folder.name in (folder / "README.md").read_text()
 
 
@@ -62,26 +74,88 @@ def test_processor_saves_its_settings(tmp_path):
     assert count == 5
     tiny.processor(SparseLlavaProcessor, sparse_method="visionzip", sparse_budgets=[4, 2]).save_pretrained(tmp_path)
     assert (tiny.inputs(SparseLlavaProcessor.from_pretrained(tmp_path), text)["input_ids"] == 4).sum() == 6
+    assert SparseLlavaProcessor.from_pretrained(tmp_path).sparse_budgets == [4, 2]
     wider = SparseLlavaProcessor.from_pretrained(tmp_path, sparse_budget=7)
     assert (tiny.inputs(wider, text)["input_ids"] == 4).sum() == 7
+    assert (wider.sparse_budget, wider.sparse_budgets, wider.sparse_tokens) == (7, None, 7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({"sparse_method": "visionzip", "sparse_budget": 0.25}, 4),
+        ({"sparse_method": "visionzip", "sparse_budget": 1.0}, 16),
+        ({"sparse_method": "visionzip", "sparse_budgets": [4, 2], "sparse_layers": [-2]}, 6),
+        ({"sparse_method": "sparsevlm", "sparse_budgets": [8, 4], "sparse_layers": [1, 3]}, None),
+        ({"sparse_method": "divprune+sparsevlm", "sparse_budget": 0.25}, 8),
+        ({"sparse_method": "divprune+sparsevlm", "sparse_budget": [7, 0.5]}, 7),
+        ({"sparse_method": "divprune+sparsevlm", "sparse_budgets": [[9], [6, 3]], "sparse_layers": [None, [1, 3]]}, 9),
+        ({"sparse_method": "scope", "sparse_budget": 5, "sparse_options": {"alpha": 2.0}}, 5),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_processor_keeps_settings_as_given(settings, tokens, tmp_path):
+    ours = tiny.processor(SparseLlavaProcessor, **settings)
+    ours.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    again = SparseLlavaProcessor.from_pretrained(tmp_path)
+    for processor in (ours, again):
+        assert {name: getattr(processor, name) for name in settings} == settings
+        assert processor.sparse_tokens == saved.get("sparse_tokens") == tokens
+        ids = tiny.inputs(processor, tiny.QUESTIONS)["input_ids"]
+        assert (ids == 4).sum(1).tolist() == [(tokens or 16) * text.count("<image>") for text in tiny.QUESTIONS]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sparse_budget": 5}, "need sparse_method"),
-        ({"sparse_method": "visionzap", "sparse_budget": 5}, "unknown"),
-        ({"sparse_method": "visionzip"}, "needs sparse_budget"),
-        ({"sparse_method": "visionzip", "sparse_budget": 0}, "positive"),
-        ({"sparse_method": "visionzip", "sparse_budgets": [4]}, "two numbers"),
-        ({"sparse_method": "visionzip", "sparse_budgets": [-4, 8]}, "two numbers"),
-        ({"sparse_method": "visionzip", "sparse_budgets": "ab"}, "two numbers"),
-        ({"sparse_method": "visionzip", "sparse_budget": 5, "sparse_bugdet": 6}, "no setting"),
+        ({"sparse_budget": 5}, "`sparse_budget`=5 needs `sparse_method`: name a method too."),
+        ({"sparse_layers": [1]}, "`sparse_layers`=[1] needs `sparse_method`: name a method too."),
+        ({"sparse_method": "visionzap", "sparse_budget": 5}, "or None, got 'visionzap' (did you mean 'visionzip'?)."),
+        ({"sparse_method": "visionzip"}, "`sparse_method`='visionzip' needs `sparse_budget` (64, say) or"),
+        ({"sparse_method": "visionzip", "sparse_budget": 0}, f"{BUDGET}, got 0."),
+        ({"sparse_method": "visionzip", "sparse_budget": 17}, f"{BUDGET}, got 17."),
+        ({"sparse_method": "visionzip", "sparse_budget": 1.5}, f"{BUDGET}, got 1.5."),
+        ({"sparse_method": "sparsevlm", "sparse_budget": True}, f"{BUDGET}, got True."),
+        ({"sparse_method": "visionzip", "sparse_budgets": [4]}, f"{PARTS}, got [4]."),
+        ({"sparse_method": "visionzip", "sparse_budgets": [-4, 8]}, f"{PARTS}, got [-4, 8]."),
+        ({"sparse_method": "visionzip", "sparse_budgets": "ab"}, f"{PARTS}, got 'ab'."),
+        ({"sparse_method": "visionzip", "sparse_budgets": [10, 8]}, "together at most 17, the tokens of the encoder"),
+        ({"sparse_method": "sparsevlm", "sparse_budgets": [3, 5]}, "must fall from stage to stage, got [3, 5]."),
+        (
+            {"sparse_method": "sparsevlm", "sparse_budget": 5, "sparse_options": {"raters": "any"}},
+            "`sparse_options`: 'raters' must be one of 'selected', 'text', 'all', got 'any'.",
+        ),
+        ({"sparse_method": "sparsevlm+visionzip", "sparse_budget": 5}, "an encoder method, then a decoder method, is"),
+        ({"sparse_method": "divprune+sparsevlm", "sparse_budgets": [3, 2]}, "two lists, [divprune's, sparsevlm's]"),
+        (
+            {"sparse_method": "visionzip", "sparse_budget": 5, "sparse_bugdet": 6},
+            "sparse_bugdet is no setting; there are: sparse_method, sparse_budget, sparse_layers, sparse_budgets, "
+            "sparse_options.",
+        ),
     ],
 )
 def test_invalid_processors(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         tiny.processor(SparseLlavaProcessor, **settings)
+
+
+def test_invalid_settings_of_a_loaded_processor(checkpoint):
+    with pytest.raises(ValueError, match=r"did you mean 'visionzip'\?"):
+        SparseLlavaProcessor.from_pretrained(checkpoint, sparse_method="visionzap", sparse_budget=5)
+    with pytest.raises(ValueError, match=re.escape(f"{BUDGET}, got 17.")):
+        SparseLlavaProcessor.from_pretrained(checkpoint, sparse_method="visionzip", sparse_budget=17)
+
+
+@pytest.mark.parametrize("saved", [None, {"sparse_method": "visionzip", "sparse_budgets": [4, 2]}])
+def test_a_folder_of_a_processor_alone_takes_settings(saved, tmp_path):
+    """There is no config.json in it, which tokenizers look for."""
+    cls, settings = (LlavaProcessor, {}) if saved is None else (SparseLlavaProcessor, saved)
+    tiny.processor(cls, **settings).save_pretrained(tmp_path)
+    given = {"sparse_method": "scope", "sparse_budget": 0.25, "sparse_options": {"alpha": 2.0}}
+    ours = SparseLlavaProcessor.from_pretrained(tmp_path, **given)
+    assert {name: getattr(ours, name) for name in given} == given
+    assert (ours.sparse_budgets, ours.sparse_tokens) == (None, 4)
 
 
 # These take hours, and have tests of their own.

@@ -1,0 +1,194 @@
+"""What goes into a method and what comes out of it: features of pictures, the question, visual tokens, the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a model that presets and checks depend on.
+
+    Attributes:
+        patches: of one item (a picture, for LLaVA-1.5); encoder_layers, decoder_layers: how many there are.
+        feature_layer: the encoder layer whose output the model uses, -1 for the last.
+    """
+
+    patches: int
+    encoder_layers: int
+    decoder_layers: int = 0
+    feature_layer: int = -2
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One reduction stage of one forward pass.
+
+    Visual tokens are numbered over the original patch grid: 0-based, without CLS, image *i* of a prompt adding
+    the patches of the images before it; merged tokens are numbered on from the prompt's total of patches. (Where a
+    model feeds CLS to its decoder, `vision_feature_select_strategy="full"`, decoder methods count it as token 0 of its
+    image.)
+
+    Attributes:
+        layer: the encoder or decoder layer (0-based) whose output was reduced.
+        kept: `(batch, k)` int64, the tokens that were kept, ascending; -1 is padding where prompts differ.
+        scores: `(batch, V)` float, the score of each visual token that entered the stage, in its order there;
+            -inf is padding where prompts differ.
+        merge_map: `(batch, numbers)` int64 or None where the method never merges: entry *n* is the number of the
+            merged token that visual token *n* went into at this stage, -1 if it went into none.
+        raters: `(batch, n)` int64 or None for an encoder method: the tokens of the prompt whose attention gave the
+            scores, as columns of the caller's `input_ids`; -1 stands for tokens that did not rate.
+    """
+
+    layer: int
+    kept: Tensor
+    scores: Tensor
+    merge_map: Tensor | None = None
+    raters: Tensor | None = None
+
+
+class _Rows:
+    """A dataclass of tensors that have a row for each item."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Any:
+        """The same with `change` applied to every tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        changed = {
+            name: change(x) if torch.is_tensor(x) else x.map(change)
+            for name, x in values.items()
+            if torch.is_tensor(x) or isinstance(x, _Rows)
+        }
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def rows(self, index: Tensor) -> Any:
+        """Some of the items, `(n,)` int64; an item may be there more than once."""
+        return self.map(lambda x: x[index.to(x.device)])
+
+    def to(self, device: torch.device, **kwargs: Any) -> Any:
+        return self.map(lambda x: x.to(device, **kwargs))
+
+
+@dataclass(frozen=True)
+class Question(_Rows):
+    """What is asked about some items, a row for each.
+
+    Attributes:
+        embeds: `(items, T, channels)` input embeddings of the text behind the last image of the prompt, or, where
+            there is none, of all its text; valid: `(items, T)` bool, false for padding.
+        ids: `(items, n)` int64, the question in the vocabulary of a CLIP text tower, -1 for padding; or None.
+    """
+
+    embeds: Tensor
+    valid: Tensor
+    ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VisionFeatures(_Rows):
+    """What an encoder method sees of some items of one size: pictures, tiles or frames.
+
+    Attributes:
+        features: `(items, N, channels)`, the patches as the method's encoder layer leaves them, without CLS; of a tower
+            that is not ours, as the projector does. For a method inside the layers, the tokens they have left.
+        grid: rows and columns of the patches.
+        cls: `(items, channels)` the CLS token at that layer; None in a tower without one.
+        saliency: `(items, heads, N)` float attention probability of CLS to every patch at that layer, and
+            keys: `(items, heads, N, head_dim)`, output of its key projection; None without `needs_attention`.
+        projected: `(items, N, channels)` output of the projector, for a method behind it.
+        sources: `(items, N)` int64, the token of `features` that each patch went into, for a method in the layers.
+        fingerprints: `(items,)` int64 that identify the pictures, for a method that draws from them.
+        question: for a method that looks at the question.
+    """
+
+    features: Tensor
+    grid: tuple[int, int]
+    cls: Tensor | None = None
+    saliency: Tensor | None = None
+    keys: Tensor | None = None
+    projected: Tensor | None = None
+    sources: Tensor | None = None
+    fingerprints: Tensor | None = None
+    question: Question | None = None
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class VisualTokens(_Rows):
+    """What a method makes of some items of one size.
+
+    Attributes:
+        features: `(items, k, channels)`.
+        patch_index: `(items, k)` int64, what each token is: patch p, from N on a token made anew, or -1 (one per item
+            at most) for what stands for no patch: CLS.
+        scores: `(items, N)` float, for the record.
+        merged: `(items, N)` int64, which token made anew (from 0) each patch went into, -1 for none; or None.
+        token_sizes: `(items, k)` float, how many tokens each counts for in the decoder's attention; None for one.
+    """
+
+    features: Tensor
+    patch_index: Tensor
+    scores: Tensor
+    merged: Tensor | None = None
+    token_sizes: Tensor | None = None
+
+    @classmethod
+    def kept(cls, features: Tensor, kept: Tensor, scores: Tensor) -> VisualTokens:
+        """Of `(items, N, channels)` the patches `(items, k)`, ascending, as they are."""
+        return cls(features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1])), kept, scores)
+
+    @property
+    def patches(self) -> int:
+        return self.scores.shape[1]
+
+    def split(self) -> list[VisualTokens]:
+        """An entry for each item."""
+        return [self.map(lambda x, i=i: x[i : i + 1]) for i in range(len(self.features))]  # type: ignore[misc]
+
+    def selection(self, layer: int) -> Selection:
+        """The stage, numbered as of one item."""
+        patches = self.patches
+        own = (self.patch_index >= 0) & (self.patch_index < patches)
+        width = int(own.sum(-1).max())
+        ordered = torch.where(own, self.patch_index, patches).sort(dim=-1).values[:, :width]
+        merge_map = None if self.merged is None else torch.where(self.merged >= 0, self.merged + patches, -1)
+        return Selection(layer, torch.where(ordered < patches, ordered, -1), self.scores, merge_map)
+
+
+@dataclass(frozen=True)
+class RaterAttention:
+    """What a decoder method sees of a pruning layer, for rows with equally many visual tokens.
+
+    Attributes:
+        probabilities: `(rows, heads, raters, V)` float32 attention of the raters to the visual tokens.
+        raters: `(rows, raters)` bool, false for padding.
+        rater_positions, visual_positions: `(rows, raters)`, `(rows, V)` int64 position ids.
+        rotary: position ids `(rows, n)` -> float32 `(cos, sin)`, each `(rows, n, head_dim)`.
+        numbers: `(rows, V)` int64, the visual tokens as `Selection` numbers them.
+        fingerprints: `(rows,)` int64, the sum of the fingerprints of the images of the prompt.
+    """
+
+    probabilities: Tensor
+    raters: Tensor
+    rater_positions: Tensor
+    visual_positions: Tensor
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]
+    numbers: Tensor | None = None
+    fingerprints: Tensor | None = None
+
+
+def concatenated(parts: Sequence[Any]) -> Any:
+    """Several `VisionFeatures` of one size as one; a question that one of them lacks must be lacking in all."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    names = [f.name for f in fields(first)]
+    values = {name: [getattr(part, name) for part in parts] for name in names}
+    return replace(first, **{name: torch.cat(x) for name, x in values.items() if torch.is_tensor(x[0])})
