@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaModel
 
 from .modeling.configuration_sparse_llava import SparseLlavaConfig
-from .modeling.modeling_sparse_llava import SparseLlavaForConditionalGeneration
+from .modeling.modeling_sparse_clip import SparseCLIPVisionModel
+from .modeling.modeling_sparse_llava import SparseLlavaForConditionalGeneration, SparseLlavaModel
+from .modeling.modeling_sparse_text import SPARSE_DECODERS
 
+SPARSE: dict[str, Any] = {
+    "LlavaForConditionalGeneration": SparseLlavaForConditionalGeneration,
+    "LlavaModel": SparseLlavaModel,
+    "CLIPVisionModel": SparseCLIPVisionModel,
+    **{kind.__name__.removeprefix("Sparse"): kind for kind in SPARSE_DECODERS.values()},
+}
 # What accelerate leaves on a module that it has hooked.
 HOOKED = ("forward", "_old_forward", "_hf_hook")
 
@@ -49,12 +58,11 @@ def sparsify(
             "family is supported yet."
         )
     config = _sparse_config(model.config)
-    with torch.device("meta"):
-        sparse = SparseLlavaForConditionalGeneration(config)
+    _prepare_classes(config.text_config.model_type, config.vision_config.model_type)
     configs = {id(model.config): config}
     for name in ("text_config", "vision_config"):
         configs[id(getattr(model.config, name))] = getattr(config, name)
-    _become(sparse, model, configs, {})
+    sparse: SparseLlavaForConditionalGeneration = _twin(model, configs, {})
     sparse.generation_config = copy.deepcopy(model.generation_config)
     sparse.set_sparsity(method, budget, layers=layers, budgets=budgets, options=options)
     return sparse
@@ -66,36 +74,41 @@ def _sparse_config(dense: Any) -> SparseLlavaConfig:
     values = {k: v for k, v in values.items() if not k.startswith("sparse_")}
     values |= {name: copy.deepcopy(getattr(dense, name)) for name in ("text_config", "vision_config")}
     config = SparseLlavaConfig(**values | {"dtype": dense.dtype})
-    # Of each part its own: setting the whole would spread one backend over all.
+    # Of each part its own: making the whole has set one backend for all.
     config._attn_implementation_internal = dense._attn_implementation
+    for name in ("text_config", "vision_config"):
+        getattr(config, name)._attn_implementation_internal = getattr(dense, name)._attn_implementation
     config.name_or_path = dense.name_or_path
     return config
 
 
-def _become(shell: Any, dense: nn.Module, configs: dict[int, Any], twins: dict[int, Any]) -> None:
-    """Gives a module of a sparse class all that a stock one has: its state, and twins of what it is made of."""
-    parts = dict(shell.named_children())
-    own = {name: shell.__dict__[name] for name in ("sparsifier",) if name in shell.__dict__}
-    shell.__dict__.update(_state(dense, configs, twins) | own)
-    for name, child in dense.named_children():
-        part = parts.get(name)
-        if part is not None and type(part).__name__ == f"Sparse{type(child).__name__}":
-            _become(part, child, configs, twins)
-            shell._modules[name] = part
-        else:
-            shell._modules[name] = _twin(child, configs, twins)
-    _rehook(shell, dense)
-    if hasattr(shell, "watch_layers"):
-        shell.watch_layers()
+@lru_cache(maxsize=8)
+def _prepare_classes(text: str, vision: str) -> None:
+    """Makes a small model once: transformers notes of every class, when it is first made, what it can record."""
+    parts = {"text_config": AutoConfig.for_model(text), "vision_config": AutoConfig.for_model(vision)}
+    for part in parts.values():
+        part.num_hidden_layers = 1
+    with torch.device("meta"):
+        SparseLlavaForConditionalGeneration(SparseLlavaConfig(**parts))
 
 
 def _twin(module: nn.Module, configs: dict[int, Any], twins: dict[int, Any]) -> Any:
-    """The same module once more, and all modules in it, around the same weights."""
+    """The same module once more, and all modules in it, around the same weights; of a sparse class where there is one.
+
+    Sparse classes add methods, `sparsifier` and what `watch_layers` does to the stock ones: no weights.
+    """
     if id(module) not in twins:
-        twin = twins[id(module)] = module.__class__.__new__(module.__class__)
+        kind = SPARSE.get(type(module).__name__, type(module))
+        for stock in (LlavaForConditionalGeneration, LlavaModel):
+            kind = SPARSE[stock.__name__] if isinstance(module, stock) else kind
+        twin = twins[id(module)] = kind.__new__(kind)
         twin.__dict__.update(_state(module, configs, twins))
         for name, child in module._modules.items():
             twin._modules[name] = None if child is None else _twin(child, configs, twins)
+        if kind in (SparseLlavaModel, SparseCLIPVisionModel):
+            twin.sparsifier = None
+        if hasattr(twin, "watch_layers"):
+            twin.watch_layers()
         _rehook(twin, module)
     return twins[id(module)]
 
@@ -111,7 +124,7 @@ def _state(module: nn.Module, configs: dict[int, Any], twins: dict[int, Any]) ->
         elif name == "_modules":
             state[name] = {}
         elif isinstance(value, (dict, list, set)):
-            state[name] = copy.copy(value)
+            state[name] = value.copy()
         else:
             state[name] = configs.get(id(value), value)
     return state

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from .modeling.configuration_sparse_llava import SparseLlavaConfig
-from .modeling.pruning_registry import METHODS, entering, is_built_in
+from .modeling.pruning_registry import METHODS, entering
 from .modeling.pruning_settings import Sparsity
 
 BUDGETS = (64, 128, 192)
+RECIPES = (
+    "cdpruner", "delegate", "divprune", "fastv", "pool", "pyramiddrop", "random", "random_decoder", "scope", "sparsevlm",
+    "tome", "uniform", "visionzip", "vispruner",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def recipe(family: str, method: str, budget: int) -> dict[str, str]:
 def recipes() -> Iterator[tuple[str, dict[str, str]]]:
     """All of them: the name of each folder, and its files."""
     for family in FAMILIES:
-        for method in sorted(name for name, cls in METHODS.items() if is_built_in(cls)):
+        for method in RECIPES:
             for budget in BUDGETS:
                 yield f"{family}-{method}-{budget}", recipe(family, method, budget)
 

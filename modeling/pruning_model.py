@@ -263,7 +263,8 @@ class PrunedModelMixin:
         merged = request.embeds[mask.to(request.embeds.device)]
         if len(merged) % size:
             raise ValueError(f"visual_mask marks {len(merged)} image features; a multiple of {size} is allowed.")
-        return self.adopt(BaseModelOutputWithPooling(pooler_output=list(merged.split(size))), request.method)
+        features = list(merged.split(size)) if len(merged) else []
+        return self.adopt(BaseModelOutputWithPooling(pooler_output=features), request.method)
 
     def adopt(self, given: Any, method: Any) -> ImageFeatures:
         """Features that the caller has, of this model's `get_image_features` or of another's.
@@ -294,7 +295,7 @@ class PrunedModelMixin:
     def reduced(self, method: Any, images: ImageFeatures, question: Question | None = None) -> ImageFeatures:
         """The images with the tokens that a method behind the projector leaves; as they are without its question."""
         encoder = method.encoder
-        if not images.vision or (encoder.looks_at_question and question is None):
+        if not images.features or not images.vision or (encoder.looks_at_question and question is None):
             return images
         if all(len(x) < encoder.tokens for x in images.features):
             raise ValueError(f"{encoder.name} keeps {encoder.tokens} tokens of an image; these have fewer.")

@@ -44,7 +44,11 @@ def any_checkpoint(request, tmp_path_factory) -> Path:
     return tiny.save_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
-@pytest.fixture(params=tiny.CASES, ids=lambda case: case.name)
+def _case(case):
+    return pytest.param(case, marks=[pytest.mark.slow] if case.slow else [], id=case.name)
+
+
+@pytest.fixture(params=map(_case, tiny.CASES))
 def case(request):
     return request.param
 

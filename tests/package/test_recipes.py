@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
 
-from llava_sparse import SparseLlavaConfig, SparseLlavaProcessor
+from llava_sparse import SparseLlavaConfig, SparseLlavaProcessor, recipes
 from llava_sparse.modeling.pruning_registry import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +26,27 @@ PARTS = "`sparse_budgets` must be a list of 2 ints in [0, 17]"
 RECIPES = sorted(path.parent for path in (ROOT / "hub_configs").glob("*/config.json"))
 
 
-def test_every_method_has_its_recipes():
-    names = {folder.name for folder in RECIPES}
-    assert names == {f"llava-1.5-7b-{method}-{budget}" for method in METHODS for budget in (64, 128, 192)}
+def test_recipes_are_what_their_command_writes(tmp_path):
+    """`make recipes` changes nothing, and takes away what it does not know."""
+    (tmp_path / "stale").mkdir()
+    (tmp_path / "stale" / "config.json").write_text("{}")
+    assert recipes.write(tmp_path) == len(RECIPES)
+    files = [
+        {str(f.relative_to(top)): f.read_bytes() for f in top.rglob("*.*")} for top in (tmp_path, ROOT / "hub_configs")
+    ]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
+def test_processor_of_a_recipe_survives_load_and_save(folder, tmp_path):
+    tiny.processor().save_pretrained(tmp_path)
+    shutil.copy(folder / "processor_config.json", tmp_path)
+    SparseLlavaProcessor.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    before, after = (
+        {k: v for k, v in json.loads((top / "processor_config.json").read_text()).items() if k.startswith("sparse_")}
+        for top in (folder, tmp_path / "again")
+    )
+    assert {k: v for k, v in after.items() if v is not None} == before
 
 
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
