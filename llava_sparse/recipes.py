@@ -17,8 +17,8 @@ from .modeling.pruning_settings import Sparsity
 
 BUDGETS = (64, 128, 192)
 RECIPES = (
-    "cdpruner", "delegate", "divprune", "fastv", "pool", "pyramiddrop", "random", "random_decoder", "scope", "sparsevlm",
-    "tome", "uniform", "visionzip", "vispruner",
+    "cdpruner", "delegate", "divprune", "fastv", "pool", "pyramiddrop", "random", "random_decoder", "scope",
+    "sparsevlm", "tome", "uniform", "visionzip", "vispruner",
 )  # fmt: skip
 
 

@@ -51,8 +51,6 @@ class DecoderRun:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = past + torch.arange(self.length, device=embeds.device).expand(len(embeds), -1)
         self.position_ids = position_ids
-        if attention_mask is not None and not is_torchdynamo_compiling() and bool(attention_mask.all()):
-            attention_mask = None
         self.attention_mask = attention_mask
         self.masks: dict[str, Any] = {}
         self.rotary: Any = None
@@ -75,13 +73,17 @@ class DecoderRun:
     def before(self, index: int) -> dict[str, Any]:
         """What a layer is given besides its input; a method that acts right before the layer has pruned then."""
         if not index:
+            mask = self.attention_mask
+            if self.pruning is None and mask is not None and not is_torchdynamo_compiling() and bool(mask.all()):
+                self.attention_mask = None
             self._begin(0, self.hidden, self.attention_mask, self.position_ids)
         elif index in self.carried:
             self._resume(index, self.carried[index])
         stage = self._stage(index)
         if stage is not None and self.pruning.method.before_layer:  # type: ignore[union-attr]
             self._preview(index)
-            self._prune(stage, index)
+            self._prune(stage)
+            self._go_on(index)
         tap = None
         if stage is not None and not self.pruning.method.before_layer:  # type: ignore[union-attr]
             # Checkpointed layers are not given a cache.
@@ -95,7 +97,8 @@ class DecoderRun:
         """Prunes a layer's output, where the method does."""
         if self.tap is not None:
             self.prompt = self.prompt.to(self.hidden.device)  # type: ignore[union-attr]
-            self._prune(self._stage(index), index + 1)  # type: ignore[arg-type]
+            self._prune(self._stage(index))  # type: ignore[arg-type]
+            self._go_on(index + 1)
 
     def close(self) -> tuple[Tensor | None, tuple[Selection, ...] | None]:
         """The columns of the prompt that are left, and the stages where they were asked for."""
@@ -150,8 +153,8 @@ class DecoderRun:
         self.hidden = hidden.to(tap.query.device)
         self.prompt, self.tap = prompt.to(tap.query.device), tap  # type: ignore[union-attr]
 
-    def _prune(self, stage: int, following: int) -> None:
-        """Reduces `hidden` at a stage, by the rows that the tap holds; the layers from `following` on see the rest."""
+    def _prune(self, stage: int) -> None:
+        """Reduces `hidden` at a stage, by the rows that the tap holds."""
         pruning, prompt = self.pruning, self.prompt
         if pruning is None or prompt is None:
             return
@@ -172,10 +175,15 @@ class DecoderRun:
             raters = torch.where(rows.rates, prompt.columns.gather(1, rows.columns), -1)
             self.selections.append(record_stage(layer, reductions, raters))
         self.hidden, self.prompt = apply_reductions(reductions, self.hidden, prompt, method.positions)
-        valid, held = self.prompt.valid, self.hidden.shape[1]
+
+    def _go_on(self, following: int) -> None:
+        """The layers from `following` on see what is left of the prompt; the cache is told."""
+        pruning: Any = self.pruning
+        prompt: Any = self.prompt
         if self.cache is not None and following < self.decoder.config.num_hidden_layers:
-            remember(self.cache, following, ShortenedPrompt(valid, held, self.length, method.positions))
-        self._begin(following, self.hidden, valid, self.prompt.position_ids)
+            held = ShortenedPrompt(prompt.valid, self.hidden.shape[1], self.length, pruning.method.positions)
+            remember(self.cache, following, held)
+        self._begin(following, self.hidden, prompt.valid, prompt.position_ids)
 
     def _scores(self, method: Any, layer: int, rows: RatingRows, group: VisualGroup) -> tuple[Tensor, RaterAttention]:
         """Scores of a group's visual tokens, with the (last) attention that gave them."""

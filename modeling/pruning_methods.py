@@ -17,9 +17,6 @@ from torch import Tensor
 from .pruning_settings import JOIN, Sparsity, check_budget, check_counts, check_options, check_stages, shown
 from .pruning_types import Geometry, RaterAttention, VisionFeatures, VisualTokens
 
-# Of models; how many layers there are, processors do not know.
-DEEPEST = 1000
-
 
 @dataclass(frozen=True)
 class Sparsifier(ABC):
@@ -88,8 +85,6 @@ class Sparsifier(ABC):
         """
         check_options(cls, settings.options)
         check_budget(settings.budget, patches)
-        if settings.layers is not None:
-            check_counts("sparse_layers", settings.layers, -DEEPEST, DEEPEST)
         return None
 
     @classmethod

@@ -9,12 +9,14 @@ from dataclasses import MISSING, is_dataclass, replace
 from typing import Any, TypeVar
 
 from .pruning_methods import DecoderSparsifier, EncoderSparsifier, Sparsifier, compose, shared_out
-from .pruning_settings import JOIN, POSITIONS, Sparsity, nearest, option_defaults, shown
+from .pruning_settings import JOIN, POSITIONS, Sparsity, check_counts, nearest, option_defaults, shown
 from .pruning_types import Geometry
 
 METHODS: dict[str, type[Sparsifier]] = {}
 # A model for which every method expands its default settings.
 TRIAL, TRIAL_BUDGET = Geometry(patches=16, encoder_layers=6, decoder_layers=6), 4
+# How many layers a model has, processors do not know.
+DEEPEST = 1000
 
 Method = TypeVar("Method", bound=type[Sparsifier])
 
@@ -110,6 +112,8 @@ def entering(settings: Sparsity, patches: int) -> int | None:
         return None
     classes = method_classes(settings.method)
     if len(classes) == 1:
+        if settings.layers is not None:
+            check_counts("sparse_layers", settings.layers, -DEEPEST, DEEPEST)
         tokens = classes[0].entering(patches, settings)
         if tokens is not None and settings.budget is not None and settings.budgets is not None:
             meant = classes[0].entering(patches, replace(settings, budgets=None))

@@ -145,7 +145,7 @@ def test_without_a_cache_nothing_changes(dense, processor):
 
 
 def test_bad_value(dense):
-    with pytest.raises(ValueError, match="trim_cache='yes': true or false is allowed"):
+    with pytest.raises(ValueError, match="'trim_cache' must be true or false, got 'yes'"):
         llava_sparse.sparsify(dense, "sparsevlm", budget=8, options={"trim_cache": "yes"})
 
 

@@ -32,7 +32,8 @@ def test_recipes_are_what_their_command_writes(tmp_path):
     (tmp_path / "stale" / "config.json").write_text("{}")
     assert recipes.write(tmp_path) == len(RECIPES)
     files = [
-        {str(f.relative_to(top)): f.read_bytes() for f in top.rglob("*.*")} for top in (tmp_path, ROOT / "hub_configs")
+        {str(f.relative_to(top)): f.read_bytes() for f in top.rglob("*.*") if f.is_file()}
+        for top in (tmp_path, ROOT / "hub_configs")
     ]
     assert files[0] == files[1]
 
