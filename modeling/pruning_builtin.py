@@ -3,6 +3,7 @@
 from .method_cdpruner import CDPruner
 from .method_delegate import Delegate
 from .method_divprune import DivPrune
+from .method_eadp import EADP
 from .method_fastv import FastV
 from .method_grid import PooledTokens, UniformTokens
 from .method_pyramiddrop import PyramidDrop
@@ -14,6 +15,7 @@ from .method_visionzip import VisionZip
 from .method_vispruner import VisPruner
 
 __all__ = [
+    "EADP",
     "CDPruner",
     "Delegate",
     "DivPrune",

@@ -70,6 +70,7 @@ CASES = [
     Case("cdpruner", "cdpruner", {"budget": 5}, lengths=[5] * 6),
     Case("delegate", "delegate", {"budget": 8}, lengths=[8] * 6),
     Case("divprune", "divprune", {"budget": 0.3}, lengths=[5] * 6),
+    Case("eadp", "eadp", {"budget": 5}, lengths=[5] * 6),
     Case("fastv", "fastv", {"layers": [1], "budgets": [6]}, lengths=[16, 16, 6, 6, 6, 6]),
     Case("pool", "pool", {"budget": 6}, lengths=[6] * 6),
     # Right before layers 2 and 4.
