@@ -59,8 +59,7 @@ test-all: $(STAMP) ## the slow tests too
 	$(PYTEST) $(PARALLEL) -m 'not gpu' $(ARGS)
 
 # Of torch alone the pinned release stays: the newest is a CUDA build of several gigabytes.
-CORE := tests/modeling/test_loading.py tests/modeling/test_requests.py tests/methods/test_selection.py \
-	tests/test_oracles.py
+CORE := tests/modeling/test_requests.py tests/methods/test_selection.py tests/test_oracles.py
 test-newest: ## the core tests with the newest releases of everything, in an environment of their own
 	rm -rf $(VENV)-newest && $(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/pip install --disable-pip-version-check $$(grep '^torch==' constraints.txt)

@@ -100,8 +100,10 @@ def register_models() -> None:
         auto = getattr(transformers, name, None)
         if auto is not None:
             auto.register(SparseLlavaConfig, SparseLlavaForConditionalGeneration, exist_ok=True)
+            # `register` of some releases leaves transformers' own configurations alone, so that nothing replaces their
+            # classes; this one hands every plain load on to them.
             stock = _with_sparse_keywords(auto._model_mapping[LlavaConfig])
-            auto.register(LlavaConfig, stock, exist_ok=True)
+            auto._model_mapping._extra_content[LlavaConfig] = stock
     transformers.AutoModel.register(SparseCLIPVisionConfig, SparseCLIPVisionModel, exist_ok=True)
 
 

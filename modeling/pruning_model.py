@@ -436,7 +436,7 @@ class PrunedModelMixin:
             stages = (stage_of_encoder(layer, images.tokens, request.images), *stages)
         seen: Any = images
         if images is not None and IMAGES == "image_hidden_states":
-            seen = torch.cat(images.features)
+            seen = torch.cat(images.features) if images.features else None
         return SparseModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,

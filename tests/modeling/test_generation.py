@@ -485,9 +485,8 @@ def test_pipeline(model, processor):
     assert answer["generated_text"].split() == expected.split()
 
 
-@pytest.mark.parametrize(
-    "case", [tiny.CASES[0], pytest.param(tiny.CASES[2], marks=pytest.mark.slow)], ids=lambda c: c.name
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [tiny.CASES[0], tiny.CASES[2]], ids=lambda c: c.name)
 def test_compiled_forward(model, processor):
     """`torch.compile` gives the same; its eager backend traces without generating code."""
     batch = tiny.inputs(processor, tiny.QUESTIONS)

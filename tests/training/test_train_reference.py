@@ -136,7 +136,7 @@ def stage(name: str, **changes) -> training.Stage:
         (training.vision_stage, stage("vision")),
         (training.projector_stage, stage("projector")),
         (training.decoder_stage, stage("decoder", first_layer=model.FIRST_LAYER)),
-        (training.decoder_stage, stage("windows", vision_rate=1e-3)),
+        pytest.param(training.decoder_stage, stage("windows", vision_rate=1e-3), marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -173,6 +173,7 @@ def test_an_interrupted_stage_ends_with_the_same_weights(folder, tmp_path, monke
         train(run(tmp_path / "cut"), replace(settings, steps=5))
 
 
+@pytest.mark.slow
 def test_the_checkpoint_has_the_form_of_the_embedded_one(folder, tmp_path, monkeypatch, capsys):
     for name in ("pictures.npy", "labels.npy", "scenes.done"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -201,6 +202,7 @@ def test_missing_glyphs_are_named(tmp_path):
         render_scenes(tmp_path, 0, 1, Assets(tmp_path / "some.ttf", tmp_path / "none"), 1)
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     names = [f"scene_{number:06d}.jpg" for number in range(6)]
     (tmp_path / "images").mkdir()
