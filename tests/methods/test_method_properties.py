@@ -24,7 +24,7 @@ ENCODERS = [name for name in llava_sparse.list_methods() if METHODS[name].kind =
 MERGING = {"pool", "tome", "visionzip"}
 NESTED = ["delegate", "divprune", "random", "scope"]
 DIVERSE = ["cdpruner", "delegate", "divprune", "scope"]
-BEHIND = {"cdpruner", "delegate", "divprune"}
+BEHIND = {name for name, method in METHODS.items() if method.place == "projector"}
 TWO = "USER: <image> <image> What red car on the left ? ASSISTANT:"
 MIXED = [tiny.QUESTIONS[0], TWO, "USER: Is there a dog ? ASSISTANT:", tiny.QUESTIONS[2]]
 
