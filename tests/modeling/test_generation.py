@@ -11,6 +11,8 @@ import torch
 from transformers import CompileConfig, DynamicCache, TextIteratorStreamer, pipeline
 
 import llava_sparse
+from llava_sparse.modeling.method_vispruner import VisPruner
+from llava_sparse.modeling.pruning_types import VisualTokens
 
 NEW = 5
 LOGITS = dict(rtol=0, atol=2e-4)
@@ -301,14 +303,19 @@ def test_kv_lengths(model, case, processor):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_finite_and_close(model, case, processor, dtype):
+def test_half_precision_is_finite_and_close(model, case, processor, dtype, monkeypatch):
     batch = tiny.inputs(processor, tiny.QUESTIONS[0])
+    if case.method == "vispruner":
+        # It compares in an order that rounding changes, and then keeps other patches (see its docstring): the choice is
+        # that of the exact model here, and the arithmetic behind it is compared.
+        (chosen,) = model.get_image_features(batch["pixel_values"]).tokens
+        kept = (chosen.patch_index, chosen.scores)
+        monkeypatch.setattr(VisPruner, "reduce", lambda self, vision: VisualTokens.kept(vision.features, *kept))
     exact = last_logits(model, batch)
     half = last_logits(model.to(dtype), batch)
     assert half.dtype == dtype and half.isfinite().all()
     cosine = torch.nn.functional.cosine_similarity(half.float(), exact)
-    # VisPruner compares in an order that rounding changes, and then keeps other patches: see its docstring.
-    assert cosine.min() > (0.5 if case.method == "vispruner" else 0.8)
+    assert cosine.min() > 0.8
     assert new_tokens(model, batch).shape == (1, NEW)
 
 
