@@ -107,14 +107,24 @@ def register_models() -> None:
     transformers.AutoModel.register(SparseCLIPVisionConfig, SparseCLIPVisionModel, exist_ok=True)
 
 
+def register_processor() -> None:
+    """Registers the processor for a configuration, where AutoProcessor is in use: folders may name no processor."""
+    auto = sys.modules.get("transformers.models.auto.processing_auto")
+    if auto is not None and SparseLlavaConfig not in auto.PROCESSOR_MAPPING:
+        from .processing import SparseLlavaProcessor
+
+        auto.AutoProcessor.register(SparseLlavaConfig, SparseLlavaProcessor, exist_ok=True)
+
+
 def register() -> None:
     """Registers configurations, models and processor with the Auto classes; calling it again changes nothing."""
     AutoConfig.register("sparse_llava", SparseLlavaConfig, exist_ok=True)
     AutoConfig.register("sparse_clip_vision_model", SparseCLIPVisionConfig, exist_ok=True)
     CONFIG_MAPPING.register("llava", LlavaConfigChoice, exist_ok=True)
     PreTrainedConfig.sparse_method = property(_no_method, _refuse_method)
-    if register_models not in SparseFieldsMixin.when_made:
-        SparseFieldsMixin.when_made.append(register_models)
+    for act in (register_models, register_processor):
+        if act not in SparseFieldsMixin.when_made:
+            SparseFieldsMixin.when_made.append(act)
     # AutoProcessor alone takes as long to import as all the rest, so its table is given a name. It looks the name up in
     # a module of transformers.models, as which this package stands; nothing is imported before a processor is loaded.
     sys.modules["transformers.models.sparse_llava"] = sys.modules[__package__]

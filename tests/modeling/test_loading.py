@@ -285,6 +285,9 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 from transformers.models.auto.processing_auto import processor_class_from_name
 assert processor_class_from_name("SparseLlavaProcessor") is llava_sparse.SparseLlavaProcessor
 assert processor_class_from_name("LlavaProcessor").__module__.startswith("transformers.")
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+llava_sparse.SparseLlavaConfig()
+assert PROCESSOR_MAPPING[llava_sparse.SparseLlavaConfig].__name__ == "SparseLlavaProcessor"
 """
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/", env=environment)
