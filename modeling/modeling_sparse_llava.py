@@ -19,7 +19,6 @@ from .pruning_cache import the_cache
 from .pruning_generation import PrunedGenerationMixin
 from .pruning_model import ImageFeatures, PrunedHeadMixin, PrunedModelMixin, SparseCausalLMOutput
 from .pruning_ops import image_fingerprints
-from .pruning_types import VisionFeatures
 
 
 def register_weight_names() -> None:
@@ -99,9 +98,10 @@ class SparseLlavaModel(PrunedModelMixin, LlavaModel):
             "vision_feature_select_strategy": vision_feature_select_strategy,
             "image_sizes": image_sizes,
         }
-        if self.sparsifier is None:
+        method = self.sparsifier
+        if method is None:
             return super().get_image_features(pixel_values=pixel_values, return_dict=True, **stock, **kwargs)
-        return self.encode_images(self.sparsifier, pixel_values, question_ids=question_ids, **stock, **kwargs)
+        return self.encode_images(method, pixel_values, question_ids=question_ids, **stock, **kwargs)
 
     def encode_images(
         self, method: Any, pixel_values: Tensor, question_ids: Tensor | None = None, **kwargs: Any
@@ -112,28 +112,23 @@ class SparseLlavaModel(PrunedModelMixin, LlavaModel):
         if encoder is None:
             features = self._all_features(pixel_values, **kwargs)
             return ImageFeatures(pooler_output=features, dense=[len(image) for image in features], **known)
-        layer, strategy = (kwargs.pop(f"vision_feature_{name}", None) for name in ("layer", "select_strategy"))
-        for name, value in (("vision_feature_layer", layer), ("vision_feature_select_strategy", strategy)):
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            value = kwargs.pop(name, None)
             if value is not None and value != getattr(self.config, name):
                 raise ValueError(f"{name}={value!r}: {encoder.name} takes its own features; leave it out.")
         if not isinstance(self.vision_tower, SparseCLIPVisionModel):
-            features = self._all_features(pixel_values, **kwargs)
-            vision = [VisionFeatures(x[None], self.grid_of(len(x)), projected=x[None]) for x in features]
-            dense = [len(image) for image in features]
-            return self.reduced(method, ImageFeatures(pooler_output=features, dense=dense, vision=vision, **known))
+            features = BaseModelOutputWithPooling(pooler_output=self._all_features(pixel_values, **kwargs))
+            return replace(self.adopt(features, method), **known)
         kwargs.pop("image_sizes", None)
         outputs = self.vision_tower(pixel_values, sparsifier=encoder, return_dict=True, **kwargs)
         projected = self.multi_modal_projector(outputs.last_hidden_state)
-        # A per-image count that a stock processor writes, whatever the resolution.
-        patches = (pixel_values.shape[-2] // self.vision_tower.config.patch_size) * (
-            pixel_values.shape[-1] // self.vision_tower.config.patch_size
-        )
+        # Pictures may have another size than the configuration says.
+        patches = (outputs.vision or outputs.tokens).patches
         dense = [self.dense_tokens_per_image - self.patches_per_image + patches] * len(projected)
         if outputs.vision is not None:
             vision = [replace(outputs.vision.to(projected.device), projected=projected)]
-            return self.reduced(
-                method, ImageFeatures(pooler_output=list(projected), dense=dense, vision=vision, **known)
-            )
+            images = ImageFeatures(pooler_output=list(projected), dense=dense, vision=vision, **known)
+            return self.reduced(method, images)
         tokens = replace(outputs.tokens.to(projected.device), features=projected).split()
         return ImageFeatures(pooler_output=list(projected), dense=dense, tokens=tokens, **known)
 

@@ -114,8 +114,7 @@ def plan_compaction(
             where rows shrink differently alone: a compiled graph does not depend on them elsewhere.
         inserted: per row, how many tokens are inserted behind column `insert_after` `(batch,)`; None for none.
     """
-    batch, length = keep.shape
-    device = keep.device
+    (batch, length), device = keep.shape, keep.device
     added = list(inserted) if inserted is not None else [0] * batch
     net = [r - a for r, a in zip(removed, added, strict=True)]
     ragged = len(set(net)) > 1
@@ -129,8 +128,7 @@ def plan_compaction(
     destination = keep.cumsum(1) - 1 + offset
     inserted_at = None
     most = max(added)
-    if most:
-        assert insert_after is not None
+    if most and insert_after is not None:
         # One number for all rows needs no copy to the device.
         count = on_device(added, device)[:, None] if len(set(added)) > 1 else torch.full((1, 1), most, device=device)
         behind = columns > insert_after[:, None]
