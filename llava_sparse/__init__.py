@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from .auto import register
-from .modeling.configuration_sparse_llava import SparseCLIPVisionConfig, SparseLlavaConfig
+from .families import FAMILIES
+from .modeling.configuration_sparse_llava import SparseCLIPVisionConfig
 from .modeling.pruning_registry import list_methods, register_method
 from .modeling.pruning_types import Selection
 
@@ -22,20 +23,18 @@ __version__ = "0.1.0"
 NEWEST_TESTED = "5.24"
 
 # Public names whose modules cost seconds that a configuration does not need; None for a module of that name.
-_LATER = {
+_LATER: dict[str, str | None] = {
     "SparseCLIPVisionModel": "modeling.modeling_sparse_clip",
     "SparseLlamaModel": "modeling.modeling_sparse_text",
-    "SparseLlavaForConditionalGeneration": "modeling.modeling_sparse_llava",
-    "SparseLlavaModel": "modeling.modeling_sparse_llava",
-    "SparseLlavaProcessor": "processing",
     "hub": None,
     "sparsify": "convert",
 }
+for _family in FAMILIES.values():
+    _LATER |= _family.names
 
 __all__ = [
     "Selection",
     "SparseCLIPVisionConfig",
-    "SparseLlavaConfig",
     "__version__",
     "list_methods",
     "register",
@@ -46,6 +45,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import hub
     from .convert import sparsify
+    from .modeling.configuration_sparse_llava import SparseLlavaConfig
     from .modeling.modeling_sparse_clip import SparseCLIPVisionModel
     from .modeling.modeling_sparse_llava import SparseLlavaForConditionalGeneration, SparseLlavaModel
     from .modeling.modeling_sparse_text import SparseLlamaModel

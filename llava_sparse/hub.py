@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-MODEL_CLASSES = {
-    "AutoConfig": "configuration_sparse_llava.SparseLlavaConfig",
-    "AutoModel": "modeling_sparse_llava.SparseLlavaForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_sparse_llava.SparseLlavaForConditionalGeneration",
-}
-PROCESSOR_CLASSES = {"AutoProcessor": "processing_sparse_llava.SparseLlavaProcessor"}
+from .modeling.pruning_model import PrunedHeadMixin
+
 CARD = """---
 library_name: transformers
 tags: [llava-sparse]
@@ -40,8 +37,8 @@ def save_to_hub_folder(model: Any, processor: Any, folder: str | Path) -> Path:
     AutoProcessor where only transformers is installed.
 
     Args:
-        model: a `SparseLlavaForConditionalGeneration`.
-        processor: a `SparseLlavaProcessor`, or a stock `LlavaProcessor`, which needs no code.
+        model: a pruned model of any family, such as `SparseLlavaForConditionalGeneration`.
+        processor: its sparse processor, or a stock one, which needs no code.
         folder: where to; made if it is not there.
 
     Returns:
@@ -50,23 +47,18 @@ def save_to_hub_folder(model: Any, processor: Any, folder: str | Path) -> Path:
     Raises:
         TypeError: if the model is not a pruned one; nothing is written then.
     """
-    from .modeling import configuration_sparse_llava, modeling_sparse_llava
-    from .processing import processing_sparse_llava
-
-    if not isinstance(model, modeling_sparse_llava.SparseLlavaForConditionalGeneration):
+    if not isinstance(model, PrunedHeadMixin):
         raise TypeError(
-            f"save_to_hub_folder takes a SparseLlavaForConditionalGeneration, not a {type(model).__name__}: load it "
-            "with sparse_method=... or use llava_sparse.sparsify."
+            f"save_to_hub_folder takes a pruned model, such as SparseLlavaForConditionalGeneration, not a "
+            f"{type(model).__name__}: load it with sparse_method=... or use llava_sparse.sparsify."
         )
     folder = Path(folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    _copy_code(modeling_sparse_llava.__file__, folder)
-    _copy_code(configuration_sparse_llava.__file__, folder)
-    _name_classes(folder / "config.json", MODEL_CLASSES)
-    if isinstance(processor, processing_sparse_llava.SparseLlavaProcessor):
-        _copy_code(processing_sparse_llava.__file__, folder)
-        _name_classes(folder / "processor_config.json", PROCESSOR_CLASSES)
+    autos = dict.fromkeys(("AutoModel", "AutoModelForImageTextToText"), type(model))
+    _add_code(folder / "config.json", {"AutoConfig": type(model.config)} | autos)
+    if type(processor).__module__.startswith(f"{__package__}."):
+        _add_code(folder / "processor_config.json", {"AutoProcessor": type(processor)})
     if not (folder / "README.md").exists():
         config = json.loads((folder / "config.json").read_text())
         settings = {name: value for name, value in config.items() if name.startswith("sparse_") and value is not None}
@@ -74,13 +66,13 @@ def save_to_hub_folder(model: Any, processor: Any, folder: str | Path) -> Path:
     return folder
 
 
-def _copy_code(entry: str, folder: Path) -> None:
-    """Copies a module and all it reaches by relative imports, flat."""
-    for file in [entry, *get_relative_import_files(entry)]:
-        shutil.copyfile(file, folder / Path(file).name)
-
-
-def _name_classes(file: Path, classes: dict[str, str]) -> None:
+def _add_code(file: Path, classes: dict[str, type]) -> None:
+    """Names the classes in a configuration file, and copies their modules, with all that they import, beside it."""
     content = json.loads(file.read_text())
-    content["auto_map"] = {**content.get("auto_map", {}), **classes}
+    named = {auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in classes.items()}
+    content["auto_map"] = {**content.get("auto_map", {}), **named}
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    for cls in classes.values():
+        entry = str(sys.modules[cls.__module__].__file__)
+        for source in [entry, *get_relative_import_files(entry)]:
+            shutil.copyfile(source, file.parent / Path(source).name)

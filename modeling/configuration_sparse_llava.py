@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -129,16 +128,16 @@ class SparseFieldsMixin:
 
     model_type: ClassVar[str]
     _given: dict[str, Any]
-    # Called when a configuration with these fields is made; the package registers its models then.
-    when_made: ClassVar[list[Callable[[], None]]] = []
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in [name for name in kwargs if name.startswith("sparse_")]:
             raise ValueError(f"{name} is no setting{nearest(name, FIELDS)}; there are: {', '.join(FIELDS)}.")
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.expand_sparsity()
-        for act in self.when_made:
-            act()
+        self.when_made()
+
+    def when_made(self) -> None:
+        """Called when a configuration is made; the package registers the models then."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

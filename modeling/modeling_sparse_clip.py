@@ -44,10 +44,11 @@ class SparseCLIPVisionModel(CLIPVisionModel):
 
     config_class = SparseCLIPVisionConfig
     config: SparseCLIPVisionConfig
+    sparsifier: Any = None
 
     def __init__(self, config: SparseCLIPVisionConfig) -> None:
         super().__init__(config)
-        self.sparsifier: Any = build_sparsifier(config)
+        self.sparsifier = build_sparsifier(config)
         self.watch_layers()
 
     def watch_layers(self) -> None:

@@ -158,7 +158,7 @@ class PrunedModelMixin:
     """
 
     config: Any
-    sparsifier: Any
+    sparsifier: Any = None
     language_model: Any
     visual_arguments: ClassVar[tuple[str, ...]] = ()
 
