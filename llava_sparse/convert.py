@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from .families import FAMILIES, Family, supported
-from .modeling import modeling_sparse_text
+from .modeling import modeling_sparse_clip, modeling_sparse_text
 
 # What accelerate leaves on a module that it has hooked.
 HOOKED = ("forward", "_old_forward", "_hf_hook")
@@ -95,7 +95,8 @@ def _sparse_class(module: nn.Module, family: Family) -> Any:
             return family.sparse(stock)
     models = import_module(family.sparse("Model").__module__)
     name = f"Sparse{type(module).__name__}"
-    return getattr(models, name, None) or getattr(modeling_sparse_text, name, type(module))
+    found = (getattr(parts, name, None) for parts in (models, modeling_sparse_text, modeling_sparse_clip))
+    return next((kind for kind in found if kind is not None), type(module))
 
 
 def _twin(module: nn.Module, family: Family, configs: dict[int, Any], twins: dict[int, Any]) -> Any:

@@ -92,14 +92,13 @@ def _check_parts(method: type[Sparsifier], vision: Any, text: Any, feature_layer
 
 def _check_agreement(method: Sparsifier, settings: Sparsity, geometry: Geometry) -> None:
     """Refuses a budget beside budgets that it does not stand for."""
-    if settings.budget is None or settings.budgets is None or method.kind == "composition":
+    if settings.budget is None or settings.budgets is None:
         return
     try:
         meant: Any = resolve(replace(settings, budgets=None), geometry)
     except ValueError:
         return  # Of these layers the budget does not say what it stands for.
-    same = meant.tokens == method.tokens if method.kind == "encoder" else meant.budgets == method.budgets  # type: ignore[attr-defined]
-    if not same:
+    if meant.counted != method.counted:
         raise ValueError(
             f"`sparse_budget`={shown(settings.budget)} stands for `sparse_budgets`={as_lists(meant.budgets)}, which "
             f"contradicts the given {shown(settings.budgets)}: leave one of the two out."

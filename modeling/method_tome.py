@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -192,7 +193,9 @@ class ToMe(EncoderSparsifier):
         size = None
         for index, layer in enumerate(layers[: self.feature_layer % len(layers) + 1]):
             removed = self.removed(index, len(layers), hidden.shape[1] - 1)
-            hidden, size, moved = merging_layer(layer, hidden, size, removed, 1, self.proportional)
+            # Within the layer's own call, where weights that are offloaded or sharded are there.
+            run = partial(merging_layer, size=size, removed=removed, protected=1, proportional=self.proportional)
+            hidden, size, moved = layer(hidden, None, run=run)
             places = places.to(hidden.device) if moved is None else moved.gather(1, places.to(hidden.device))
         return hidden, places
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPVisionModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -34,6 +34,17 @@ class SparseCLIPVisionOutput(BaseModelOutputWithPooling):
     selection: tuple[Selection, ...] | None = None
 
 
+class SparseCLIPEncoderLayer(CLIPEncoderLayer):
+    """Modifications: a method inside the layers runs a layer in its own way, as `run`, which is given the layer."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, run: Any = None, **kwargs: Any
+    ) -> Any:
+        if run is not None:
+            return run(self, hidden_states)
+        return super().forward(hidden_states, attention_mask, **kwargs)
+
+
 class SparseCLIPVisionModel(CLIPVisionModel):
     """CLIP vision tower whose tokens can be reduced; usable alone.
 
@@ -45,9 +56,12 @@ class SparseCLIPVisionModel(CLIPVisionModel):
     config_class = SparseCLIPVisionConfig
     config: SparseCLIPVisionConfig
     sparsifier: Any = None
+    _no_split_modules = (*CLIPVisionModel._no_split_modules, "SparseCLIPEncoderLayer")
 
     def __init__(self, config: SparseCLIPVisionConfig) -> None:
         super().__init__(config)
+        self.encoder.layers = nn.ModuleList(SparseCLIPEncoderLayer(config) for _ in self.encoder.layers)
+        self.post_init()
         self.sparsifier = build_sparsifier(config)
         self.watch_layers()
 
@@ -126,4 +140,5 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         tap = RowTap(torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device), project_keys=True)
         hidden = layers[used](hidden, None, **{TAP: tap}, **kwargs)
         saliency = row_probabilities(tap.query, tap.key, layers[used].self_attn.scale)[:, :, 0, 1:]
-        return VisionFeatures(hidden[:, 1:], grid, hidden[:, 0], saliency, tap.key[:, :, 1:])
+        saliency, keys = map(tap.of_all_heads, (saliency, tap.key[:, :, 1:]))
+        return VisionFeatures(hidden[:, 1:], grid, hidden[:, 0], saliency, keys)

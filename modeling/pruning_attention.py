@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -25,10 +26,12 @@ class RowTap:
     Attributes:
         query: `(batch, heads, rows, head_dim)`, rotated where the module rotates.
         key: `(batch, key_heads, length, head_dim)`, likewise.
+        group: the processes that share the heads out among them (tensor parallelism); None where this one has all.
     """
 
     query: Tensor
     key: Tensor
+    group: Any = None
 
     def __init__(self, columns: Tensor, cache: Any = None, project_keys: bool = False):
         """Takes the rows at `columns` `(batch, rows)`.
@@ -57,6 +60,19 @@ class RowTap:
             self.key = _split_heads(attention.k_proj(hidden), attention.head_dim)
             if rotary is not None:
                 self.key = apply_rotary_pos_emb(self.key, self.key, *rotary)[0]
+        if self.query.shape[1] < attention.config.num_attention_heads:
+            # transformers from 5.24 on has the weights know their mesh, before it the modules.
+            owner = attention.q_proj
+            mesh = getattr(owner.weight, "device_mesh", None) or owner._hf_device_mesh
+            self.group = mesh.get_group()
+
+    def of_all_heads(self, x: Tensor) -> Tensor:
+        """`(batch, heads, ...)` of the heads of all processes, in their order; a score is of all of them."""
+        if self.group is None:
+            return x
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim=1)
 
 
 def _split_heads(x: Tensor, head_dim: int) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
@@ -148,6 +149,8 @@ class DecoderRun:
             hidden, prompt = hidden.to(device), prompt.to(device)  # type: ignore[union-attr]
             rotary = tuple(table.to(device) for table in rotary)
         tap = RowTap(prompt.rating_rows(False).columns, project_keys=True)  # type: ignore[union-attr]
+        if isinstance(layer, FSDPModule):  # Whose weights are there in its forward alone; that follows.
+            layer.unshard()
         with torch.no_grad():
             tap.take(layer.self_attn, layer.input_layernorm(hidden), rotary)
         self.hidden = hidden.to(tap.query.device)
@@ -217,7 +220,7 @@ class DecoderRun:
             return self.decoder.rotary_emb(query.new_empty(0, dtype=torch.float32), position_ids=position_ids)
 
         return RaterAttention(
-            probabilities=row_probabilities(query, key, scaling, group.columns, visible),
+            probabilities=tap.of_all_heads(row_probabilities(query, key, scaling, group.columns, visible)),
             raters=group.take(rows.rates)[:, block],
             rater_positions=positions.gather(1, columns),
             visual_positions=positions.gather(1, group.columns),

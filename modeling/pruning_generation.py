@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 
@@ -74,6 +75,8 @@ class PrunedGenerationMixin:
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
         """Images are encoded once, for the method of this moment."""
+        if isinstance(self, FSDPModule):  # What is called outside the forward finds no weights else.
+            self.unshard()
         seen = model_kwargs.get("pixel_values") is not None
         model_kwargs = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)  # type: ignore[misc]
         images: Any = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")

@@ -60,6 +60,11 @@ class Sparsifier(ABC):
         return None
 
     @property
+    def counted(self) -> tuple[Any, Any]:
+        """How many tokens it leaves: those that enter the decoder, and those of each stage there; None for all."""
+        return self.encoder and self.encoder.tokens, self.decoder and self.decoder.budgets
+
+    @property
     def needs_mask(self) -> bool:
         """Whether its tokens have sizes, which a mask brings into the decoder's attention."""
         return False
@@ -165,6 +170,9 @@ class EncoderSparsifier(Sparsifier):
 
     def run_layers(self, layers: Sequence[Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
         """For a method inside the layers: runs them on `(items, N, channels)` tokens, CLS first.
+
+        A layer called as `layer(hidden, None, run=f)` gives what `f(layer, hidden)` does: within that call alone are
+        weights there that are offloaded or sharded.
 
         Returns:
             the tokens that are left, `(items, n, channels)`, and which of them each of the N went into, `(items, N)`.

@@ -115,19 +115,19 @@ def entering(settings: Sparsity, patches: int) -> int | None:
         if settings.layers is not None:
             check_counts("sparse_layers", settings.layers, -DEEPEST, DEEPEST)
         tokens = classes[0].entering(patches, settings)
-        if tokens is not None and settings.budget is not None and settings.budgets is not None:
-            meant = classes[0].entering(patches, replace(settings, budgets=None))
-            if meant != tokens:
-                raise ValueError(
-                    f"`sparse_budget`={shown(settings.budget)} contradicts the given `sparse_budgets`="
-                    f"{shown(settings.budgets)}, which keep {tokens}: leave one of the two out."
-                )
-        return tokens
-    first, second = shared_out(settings, patches)
-    tokens = classes[0].entering(patches, first)
-    # Processors that older versions saved hold the encoder method's budget alone.
-    if second.budget is not None or second.budgets is not None:
-        classes[1].entering(patches if tokens is None else tokens, second)
+    else:
+        first, second = shared_out(settings, patches)
+        tokens = classes[0].entering(patches, first)
+        # Processors that older versions saved hold the encoder method's budget alone.
+        if second.budget is not None or second.budgets is not None:
+            classes[1].entering(patches if tokens is None else tokens, second)
+    if tokens is not None and settings.budget is not None and settings.budgets is not None:
+        meant = entering(replace(settings, budgets=None), patches)
+        if meant != tokens:
+            raise ValueError(
+                f"`sparse_budget`={shown(settings.budget)} contradicts the given `sparse_budgets`="
+                f"{shown(settings.budgets)}, which keep {tokens}: leave one of the two out."
+            )
     return tokens
 
 
@@ -202,6 +202,11 @@ def _check_declarations(cls: Any) -> None:
         raise ValueError(
             f"{cls.__name__}: place={cls.place!r} with looks_at_question: 'projector' is allowed; the tower runs "
             "before there is a question."
+        )
+    if hasattr(cls, "option_defaults"):
+        raise ValueError(
+            f"{cls.__name__}: option_defaults: options are fields of the dataclass, each with its default; "
+            "llava_sparse.modeling.pruning_settings.option gives one bounds and help."
         )
     for name, value in option_defaults(cls).items():
         if value is MISSING:

@@ -13,7 +13,8 @@ class Case:
         settings: arguments of `set_sparsity`.
         fixed: whether the number of tokens kept is the same for every prompt.
         lengths: visual tokens that each decoder layer holds of one image.
-        slow: of a method that another row has, or a control: crossed with all that users do in the slow tests alone.
+        slow: of a method that goes the same way through the model as another row, or of one that a row has already:
+            crossed with all that users do in the slow tests alone.
     """
 
     name: str
@@ -67,18 +68,18 @@ CASES = [
         slow=True,
     ),
     Case("random", "random", {"budget": 5, "options": {"seed": 3}}, lengths=[5] * 6, slow=True),
-    Case("cdpruner", "cdpruner", {"budget": 5}, lengths=[5] * 6),
+    Case("cdpruner", "cdpruner", {"budget": 5}, lengths=[5] * 6, slow=True),
     Case("delegate", "delegate", {"budget": 8}, lengths=[8] * 6),
-    Case("divprune", "divprune", {"budget": 0.3}, lengths=[5] * 6),
-    Case("eadp", "eadp", {"budget": 5}, lengths=[5] * 6),
-    Case("fastv", "fastv", {"layers": [1], "budgets": [6]}, lengths=[16, 16, 6, 6, 6, 6]),
-    Case("pool", "pool", {"budget": 6}, lengths=[6] * 6),
+    Case("divprune", "divprune", {"budget": 0.3}, lengths=[5] * 6, slow=True),
+    Case("eadp", "eadp", {"budget": 5}, lengths=[5] * 6, slow=True),
+    Case("fastv", "fastv", {"layers": [1], "budgets": [6]}, lengths=[16, 16, 6, 6, 6, 6], slow=True),
+    Case("pool", "pool", {"budget": 6}, lengths=[6] * 6, slow=True),
     # Right before layers 2 and 4.
     Case("pyramiddrop", "pyramiddrop", {"layers": [2, 4], "budgets": [6, 3]}, lengths=[16, 16, 6, 6, 3, 3]),
     Case("scope", "scope", {"budget": 5, "options": {"alpha": 2.0}}, lengths=[5] * 6, slow=True),
     Case("tome", "tome", {"budget": 5}, lengths=[5] * 6),
     Case("uniform", "uniform", {"budget": 5}, lengths=[5] * 6, slow=True),
-    Case("vispruner", "vispruner", {"budget": 5}, lengths=[5] * 6),
+    Case("vispruner", "vispruner", {"budget": 5}, lengths=[5] * 6, slow=True),
     Case(
         "divprune+fastv",
         "divprune+fastv",
@@ -93,5 +94,5 @@ CASES = [
         # 8 of 12 kept, 2 recycled into 1; 5 of 9 kept, 2 into 1; 2 of 6 kept, 2 into 1.
         lengths=[12, 9, 9, 6, 3, 3],
     ),
-    Case("random_decoder", "random_decoder", {"layers": [1, 3], "budgets": [6, 3]}, lengths=[16, 16, 6, 6, 3, 3]),
+    Case("random_decoder", "random_decoder", {"layers": [1, 3], "budgets": [6, 3]}, [16, 16, 6, 6, 3, 3], slow=True),
 ]

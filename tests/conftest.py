@@ -39,7 +39,10 @@ def checkpoint(tmp_path_factory) -> Path:
     return tiny.save_checkpoint(tmp_path_factory.mktemp("checkpoint"), "llama")
 
 
-@pytest.fixture(scope="session", params=["llama", "mistral", "qwen2"])
+@pytest.fixture(
+    scope="session",
+    params=["llama", *(pytest.param(backbone, marks=pytest.mark.slow) for backbone in ("mistral", "qwen2"))],
+)
 def any_checkpoint(request, tmp_path_factory) -> Path:
     return tiny.save_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 

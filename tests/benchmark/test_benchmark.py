@@ -224,7 +224,7 @@ def test_compiled(monkeypatch):
     assert [entry["run"] for entry in found["results"]] == found["settings"]["runs"]
 
 
-@pytest.mark.parametrize("dense_fits", [True, False])
+@pytest.mark.parametrize("dense_fits", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_out_of_memory_is_an_entry(monkeypatch, dense_fits):
     from llava_sparse.benchmark.run import Subject
 
@@ -247,7 +247,7 @@ def test_out_of_memory_is_an_entry(monkeypatch, dense_fits):
     assert ("speedup" in found["results"][-1]) is False
 
 
-@pytest.mark.parametrize("full", [None, "visionzip"])
+@pytest.mark.parametrize("full", [None, pytest.param("visionzip", marks=pytest.mark.slow)])
 def test_a_run_that_stops_fitting_leaves_the_others(monkeypatch, full):
     """The dense one, too: what was compared with it before stays."""
     from llava_sparse.benchmark.run import Subject
@@ -268,6 +268,7 @@ def test_a_run_that_stops_fitting_leaves_the_others(monkeypatch, full):
     assert table(found).row_count == stage_table(found).row_count + 1 == 3
 
 
+@pytest.mark.slow
 def test_goes_on_with_the_threads_that_it_was_begun_with(tmp_path):
     output = tmp_path / "bench.json"
     bench(tiny.dense_model(), batch_sizes=[1], output=output, **QUICK)

@@ -221,6 +221,11 @@ INVALID = {
     "an empty summary": (lambda: encoder(summary=" "), ValueError, "summary=' '"),
     "no text": (lambda: encoder(cost=3), ValueError, "cost=3: a text is allowed, of a few words"),
     "an empty paper": (lambda: encoder(paper=""), ValueError, "paper=''"),
+    "options of older versions": (
+        lambda: encoder(option_defaults={"alpha": 1.0}),
+        ValueError,
+        "option_defaults: options are fields of the dataclass",
+    ),
     "not for JSON": (
         lambda: encoder(("alpha", object, frozenset({1}))),
         ValueError,
@@ -549,6 +554,7 @@ def test_several_plugins(run, plugin):
     assert re.search(r"late +│ decoder │ no +│ original .* positions='original' ", out)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_a_model_with_its_plugin(dense, processor, plugin, tmp_path):
     """A saved model names its method; the plugin has to be there when it is loaded."""
     path = plugin(ENCODER)

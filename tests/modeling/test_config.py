@@ -138,6 +138,14 @@ INVALID = [
     ({"sparse_method": "sparsevlm", "sparse_budgets": [1, 2, 3]}, "must fall from stage to stage"),
     ({"sparse_method": "visionzip", "sparse_budget": 64, "sparse_budgets": [20, 4]}, "contradicts the given"),
     ({"sparse_method": "sparsevlm", "sparse_budget": 64, "sparse_budgets": [50, 40, 30]}, "contradicts the given"),
+    (
+        {
+            "sparse_method": "visionzip+sparsevlm",
+            "sparse_budget": 64,
+            "sparse_budgets": [[100, 20], [66, 30, 17]],
+        },
+        "contradicts the given",
+    ),
     ({**SPARSE, "sparse_options": {"positions": ""}}, "one of 'compact', 'original'"),
 ]  # fmt: skip
 
@@ -311,7 +319,7 @@ def test_a_class_that_does_not_prune_says_so(tmp_path, caplog):
     tiny.save_checkpoint(tmp_path / "stock")
     llava_sparse.sparsify(tiny.dense_model(), "visionzip", budget=5).save_pretrained(tmp_path / "pruned")
     LlavaNextConfig().save_pretrained(tmp_path / "next")
-    message = "does not prune. Supported is LLaVA-1.5 .*AutoModelForImageTextToText.from_pretrained"
+    message = "does not prune. Supported: LLaVA-1.5 .*AutoModelForImageTextToText.from_pretrained"
     for load, folder, settings in (
         (LlavaForConditionalGeneration, "stock", {"sparse_method": "visionzip", "sparse_budget": 5}),
         (LlavaNextForConditionalGeneration, "next", {"sparse_method": "visionzip", "sparse_budget": 5}),

@@ -414,7 +414,7 @@ def test_cache_made_by_the_caller(model, processor):
 REPEATING = "USER: <image> dog cat car tree dog cat car tree dog cat"
 
 
-@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("seed", [0, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("helper", ["prompt_lookup", "assistant"])
 def test_assisted_generation(model, processor, helper, seed):
     """Candidates are not pruned with the prompt, and rollbacks after rejected ones leave the tokens as they are."""

@@ -316,7 +316,9 @@ print(json.dumps({"method": config.sparse_method, "processor": type(processor)._
 """
 
 
-@pytest.mark.parametrize("case", [tiny.CASES[0], tiny.CASES[2]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [tiny.CASES[0], pytest.param(tiny.CASES[2], marks=pytest.mark.slow)], ids=lambda case: case.name
+)
 @pytest.mark.parametrize("processor_class", ["sparse", pytest.param("stock", marks=pytest.mark.slow)])
 def test_hub_folder_loads_without_the_package(case, dense, tmp_path, processor_class):
     model = llava_sparse.sparsify(dense, case.method, **case.settings)

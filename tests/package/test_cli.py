@@ -235,6 +235,7 @@ def test_pope_with_several_budgets_prompt_and_logits(run, tmp_path):
     assert 0 <= results["methods"][0]["scores"]["average"]["roc_auc"] <= 1
 
 
+@pytest.mark.slow
 def test_budgets_that_are_ratios(run, tmp_path):
     """From the command line to results, their table, a report, and a benchmark."""
     output, page = tmp_path / "run.json", tmp_path / "report"

@@ -186,7 +186,7 @@ EXAMPLES = [script for script in sorted((ROOT / "examples").glob("*.py")) if scr
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(script, id=script.name, marks=[pytest.mark.slow] * (script.name == "evaluate_pope.py"))
+        pytest.param(script, id=script.name, marks=[pytest.mark.slow] * (script.name != "quickstart.py"))
         for script in EXAMPLES
     ],
 )

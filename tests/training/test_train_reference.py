@@ -133,9 +133,9 @@ def stage(name: str, **changes) -> training.Stage:
 @pytest.mark.parametrize(
     ("train", "settings"),
     [
-        (training.vision_stage, stage("vision")),
+        pytest.param(training.vision_stage, stage("vision"), marks=pytest.mark.slow),
         (training.projector_stage, stage("projector")),
-        (training.decoder_stage, stage("decoder", first_layer=model.FIRST_LAYER)),
+        pytest.param(training.decoder_stage, stage("decoder", first_layer=model.FIRST_LAYER), marks=pytest.mark.slow),
         pytest.param(training.decoder_stage, stage("windows", vision_rate=1e-3), marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "name", ""),
