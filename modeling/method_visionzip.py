@@ -70,6 +70,7 @@ class VisionZip(EncoderSparsifier):
     summary = "keeps what CLS attends to, merges the rest into contextual tokens; does not look at the question"
     cost = "N H d + N M d"
     needs_attention = True
+    keeps_cls = True
 
     @classmethod
     def entering(cls, patches: int, settings: Sparsity) -> int:

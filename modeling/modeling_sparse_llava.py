@@ -17,7 +17,8 @@ from .modeling_sparse_clip import SparseCLIPVisionModel
 from .modeling_sparse_text import sparse_decoder
 from .pruning_cache import the_cache
 from .pruning_generation import PrunedGenerationMixin
-from .pruning_model import ImageFeatures, PrunedHeadMixin, PrunedModelMixin, SparseCausalLMOutput
+from .pruning_items import ImageFeatures
+from .pruning_model import PrunedHeadMixin, PrunedModelMixin, SparseCausalLMOutput
 from .pruning_ops import image_fingerprints
 
 

@@ -168,7 +168,7 @@ class DecoderRun:
                 continue
             with torch.no_grad(), autocast_disabled(self.hidden):
                 scores, attention = self._scores(method, method.layers[stage], rows, group)
-                counts = method.counts(stage, group.images, attention)
+                counts = pruning.counts(stage, group, attention)
             for count in sorted(set(counts)):
                 members = [i for i, c in enumerate(counts) if c == count]
                 part = group.subset(members)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Cache
@@ -12,7 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .pruning_cache import CACHE, remembered, surplus, the_cache
 from .pruning_inputs import images_per_prompt
-from .pruning_model import ImageFeatures
+from .pruning_items import ImageFeatures
 
 
 class CandidatesAfterPrompt:
@@ -74,16 +75,22 @@ class PrunedGenerationMixin:
         super()._validate_model_kwargs(own)  # type: ignore[misc]
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
-        """Images are encoded once, for the method of this moment."""
+        """Images and videos are encoded once, for the method of this moment."""
         if isinstance(self, FSDPModule):  # What is called outside the forward finds no weights else.
             self.unshard()
-        seen = model_kwargs.get("pixel_values") is not None
-        model_kwargs = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)  # type: ignore[misc]
-        images: Any = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if seen and getattr(images, "snapshot", None) is None:
-            dense = ImageFeatures(pooler_output=list(images.pooler_output), snapshot=(None,))
-            model_kwargs["mm_encoder_outputs"]["image"] = dense
-        return model_kwargs
+        sources = {name: source for name, (source, _) in self.model.modalities.items()}
+        seen = {name: model_kwargs[x] for name, x in sources.items() if model_kwargs.get(x) is not None}
+        while True:
+            # A copy of each, for it is filled in place.
+            own = {**model_kwargs, "mm_encoder_outputs": dict(model_kwargs.get("mm_encoder_outputs") or {})}
+            own = super()._prepare_multimodal_encoder_kwargs_for_generation(own)  # type: ignore[misc]
+            encoded = own["mm_encoder_outputs"]
+            for name, pixels in seen.items():
+                if getattr(encoded[name], "snapshot", None) is None:
+                    encoded[name] = _of_dense(encoded[name], len(pixels))
+            # Another thread may have switched the method between images and videos.
+            if len({id(encoded[name].snapshot[0]) for name in seen}) <= 1:
+                return own
 
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -126,23 +133,31 @@ class PrunedGenerationMixin:
         """Repeats the images of a prompt together, whatever their sizes."""
         encoded = dict(kwargs.pop("mm_encoder_outputs", None) or {})
         embeds = kwargs.get("inputs_embeds")
-        if encoded.get("image") is not None and expand_size > 1:
-            carried = getattr(encoded["image"], "snapshot", None)
+        for name in [name for name in encoded if encoded[name] is not None and expand_size > 1]:
+            carried = getattr(encoded[name], "snapshot", None)
             method = self.model.sparsifier if carried is None else carried[0]
-            images = self.model.adopt(encoded["image"], method)
+            images = self.model.adopt(encoded[name], method)
             cache = kwargs.get(CACHE)
             new = int(cache.get_seq_length()) + surplus(cache) if cache is not None else 0
-            marked = self.model.placeholders(input_ids if embeds is None else None, embeds)[:, new:]
+            marked = self.model.placeholders(input_ids if embeds is None else None, embeds, name)[:, new:]
             size = self.model.dense_tokens_per_image
-            kept = images.kept(method)
+            kept = self.model.kept_tokens(method, images)
             counts = marked.sum(-1).tolist()
-            prompts, _ = images_per_prompt(counts, kept, images.dense or ([size] * len(kept) if method else kept))
+            prompts, _ = images_per_prompt(counts, kept, images.dense or ([size] * len(kept) if method else kept), name)
             groups, first = [], 0
             for count in prompts:
                 groups += [list(range(first, first + count))] * expand_size
                 first += count
             rows = [row for row in range(len(prompts)) for _ in range(expand_size)]
-            encoded["image"] = images.take([image for group in groups for image in group], rows)
+            encoded[name] = images.take([image for group in groups for image in group], rows)
         expand = super()._expand_inputs_for_generation  # type: ignore[misc]
         input_ids, kwargs = expand(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, {**kwargs, "mm_encoder_outputs": encoded}
+
+
+def _of_dense(encoded: Any, items: int) -> ImageFeatures:
+    """What a dense model gives for so many images or videos; of a video it gives frames."""
+    features = encoded.pooler_output
+    if torch.is_tensor(features):
+        features = features.reshape(items, -1, features.shape[-1])
+    return ImageFeatures(pooler_output=list(features), dense=[len(x) for x in features], snapshot=(None,))

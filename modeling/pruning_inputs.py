@@ -47,12 +47,14 @@ def newest_mask(attention_mask: Any, length: int) -> Tensor | None:
     return attention_mask[:, attention_mask.shape[1] - length :]
 
 
-def images_per_prompt(counts: Sequence[int], kept: Sequence[int], dense: Sequence[int]) -> tuple[list[int], list[int]]:
+def images_per_prompt(
+    counts: Sequence[int], kept: Sequence[int], dense: Sequence[int], what: str = "image"
+) -> tuple[list[int], list[int]]:
     """How many of the images belong to each prompt, and how many placeholders are written for each image.
 
     Args:
         counts: placeholders of each prompt; kept: tokens of each image that stay, which our processor writes; dense:
-            tokens of each image in the dense model, which the stock processor writes.
+            tokens of each image in the dense model, which the stock processor writes; what: "image" or "video".
 
     Raises:
         ValueError: if placeholders and images do not match.
@@ -61,11 +63,11 @@ def images_per_prompt(counts: Sequence[int], kept: Sequence[int], dense: Sequenc
         prompts = _shared_out(counts, written)
         if prompts is not None and all(n >= k for n, k in zip(written, kept, strict=True)):
             return prompts, list(written)
-    of = "" if len(set(kept)) > 1 or len(set(dense)) > 1 or not kept else f" Each image needs {kept[0]} tokens "
-    of += f"(SparseLlavaProcessor writes them) or {dense[0]} (LlavaProcessor)." if of else ""
+    of = "" if len(set(kept)) > 1 or len(set(dense)) > 1 or not kept else f" Each {what} needs {kept[0]} tokens "
+    of += f"(the sparse processor writes them) or {dense[0]} (the stock one)." if of else ""
     raise ValueError(
-        f"Image features and image tokens do not match: {len(kept)} images, and prompts with {list(counts)} image "
-        f"tokens.{of}"
+        f"{what.capitalize()} features and {what} tokens do not match: {len(kept)} {what}s, and prompts with "
+        f"{list(counts)} {what} tokens.{of}"
     )
 
 

@@ -49,6 +49,19 @@ class Sparsifier(ABC):
     layers: tuple[int, ...]
     budgets: tuple[int, ...]
 
+    def of(self, **sizes: Any) -> Any:
+        """The method of the same settings for an item of another size, which keeps all where a budget is larger.
+
+        Args:
+            sizes: of the item, as of `Geometry`.
+        """
+        origin = self.__dict__.get("origin")
+        if origin is None:  # Made by hand, for one size.
+            return self
+        resolve, settings, geometry = origin
+        other = replace(geometry, **sizes)
+        return self if other == geometry else resolve(settings.at_most(other.tokens), other)
+
     @property
     def encoder(self) -> Any:
         """The part that reduces what enters the decoder, an `EncoderSparsifier`, or None."""
@@ -99,11 +112,16 @@ class Sparsifier(ABC):
 
 
 class EncoderSparsifier(Sparsifier):
-    """Reduces the visual tokens of every item on its own: a static number of them enters the decoder."""
+    """Reduces the visual tokens of every item on its own: a static number of them enters the decoder.
+
+    Attributes:
+        keeps_cls: whether the first of its tokens is CLS itself.
+    """
 
     kind: ClassVar[str] = "encoder"
     place: ClassVar[str] = "tower"
     unit: ClassVar[str] = "tile"
+    keeps_cls: ClassVar[bool] = False
 
     @property
     def encoder(self) -> Any:
@@ -346,6 +364,40 @@ class Composition(Sparsifier):
         raise NotImplementedError("A composition is built of two classes, by `compose`.")
 
 
+def for_part(cls: Any, geometry: Geometry, settings: Sparsity) -> tuple[Geometry, Sparsity]:
+    """What a method is resolved with: inside the tower for one frame of a video alone, by its share of the budget.
+
+    Raises:
+        ValueError: for a budget that leaves nothing of a frame.
+    """
+    frames = geometry.frames
+    if frames is None or cls.place not in ("tower", "layers"):
+        return replace(geometry, patches=geometry.tokens, frames=None), settings
+    alone, budget = replace(geometry, frames=None, frame=0), check_budget(settings.budget, geometry.tokens)
+    if budget is None:
+        return alone, settings
+    cls_apart = int(not cls.keeps_cls)
+    least = frames * (1 + cls_apart)
+    if isinstance(settings.budget, float):
+        budget = max(budget, least)
+    if budget < least:
+        raise ValueError(
+            f"`sparse_budget`={budget!r}: of a video of {frames} frames, of each of which {cls.name} leaves CLS and a "
+            f"patch at least, {least} to {geometry.tokens} tokens are allowed."
+        )
+    share = budget * (geometry.frame + 1) // frames - budget * geometry.frame // frames - cls_apart
+    return alone, replace(settings, budget=min(share, geometry.patches))
+
+
+def entering_of(cls: Any, geometry: Geometry, settings: Sparsity) -> int | None:
+    """As `Sparsifier.entering`, of an item that may be a video."""
+    if geometry.frames is None or cls.place not in ("tower", "layers"):
+        tokens: int | None = cls.entering(geometry.tokens, settings)
+        return tokens
+    parts = [for_part(cls, replace(geometry, frame=frame), settings) for frame in range(geometry.frames)]
+    return sum(cls.entering(alone.patches, own) + (not cls.keeps_cls) for alone, own in parts)
+
+
 def shared_out(settings: Sparsity, patches: int) -> tuple[Sparsity, Sparsity]:
     """The settings of a composition's two methods; of a single budget the encoder method takes twice as much."""
     first, second = settings.parts()
@@ -364,13 +416,15 @@ def compose(classes: Sequence[Any], geometry: Geometry, settings: Sparsity) -> C
     Raises:
         ValueError: for all that either method refuses, and settings that are not for two.
     """
-    own, others = shared_out(settings, geometry.patches)
-    first = classes[0].resolve(geometry, own)
+    own, others = shared_out(settings, geometry.tokens)
+    first = classes[0].resolve(*for_part(classes[0], geometry, own))
     if first.needs_mask:
         raise ValueError(
             f"`sparse_method`={settings.method!r}: {first.name} weighs its tokens in attention, which a decoder method "
             f"does not; sparse_options={{{first.name!r}: {{'proportional': False}}}} is allowed."
         )
-    second = classes[1].resolve(replace(geometry, patches=first.tokens), others)
+    tokens = entering_of(classes[0], geometry, own) or geometry.tokens
+    handed = replace(geometry, patches=tokens, frames=None)
+    second = classes[1].resolve(handed, others)
     # A method that finds its budgets at run time has None, which it also takes when the settings are read again.
     return Composition((first.layers, second.layers), (first.budgets, second.budgets or None), first, second)  # type: ignore[arg-type]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,15 +18,15 @@ from .pruning_cache import CACHE, remember, remembered, the_cache
 from .pruning_inputs import (
     DecoderInputs,
     check_unpacked,
-    images_per_prompt,
     newest_mask,
     place_features,
     question_of,
     translate,
     weigh,
 )
+from .pruning_items import ImageFeatures, Request, VisualItemsMixin
 from .pruning_ops import autocast_disabled
-from .pruning_record import numbers_by_prompt, stage_of_encoder
+from .pruning_record import by_prompt, numbers_by_prompt, stage_of_encoder
 from .pruning_sequence import PADDING, PromptLayout
 from .pruning_settings import Sparsity, as_lists
 from .pruning_stage import DecoderPruning
@@ -35,61 +34,8 @@ from .pruning_types import Question, Selection, VisionFeatures, VisualTokens, co
 
 IGNORED_LABEL = -100
 # transformers 5.24 keeps the whole output of the image encoder, older ones its features.
-IMAGES = next(f.name for f in fields(LlavaModelOutputWithPast) if f.name in ("image_outputs", "image_hidden_states"))
-
-
-@dataclass
-class ImageFeatures(BaseModelOutputWithPooling):
-    """Pictures, encoded: what `get_image_features` gives and `mm_encoder_outputs={"image": ...}` takes.
-
-    Attributes:
-        pooler_output: `(tokens, channels)` of each picture, as they enter the decoder; of a method that has yet to
-            choose, by the question, all patches.
-        dense: of each picture, the tokens that the dense model has.
-        tokens: what a method has made of each picture; None where it has yet to choose, or chooses in the decoder.
-        vision: what it has yet to choose from, for all pictures at once or for each.
-        fingerprints: `(pictures,)` int64, of a method that draws; question_ids: `(prompts, n)`, see `Question`.
-        snapshot: the method that they were encoded for, which goes on with them.
-    """
-
-    dense: list[int] | None = None
-    tokens: list[VisualTokens] | None = None
-    vision: list[VisionFeatures] | None = None
-    fingerprints: Tensor | None = None
-    question_ids: Tensor | None = None
-    snapshot: tuple[Any, ...] | None = None
-
-    @property
-    def features(self) -> list[Tensor]:
-        """As `pooler_output`, as a list."""
-        return list(self.pooler_output)
-
-    def kept(self, method: Any) -> list[int]:
-        """Tokens of each picture that enter the decoder."""
-        return [method.encoder.tokens if self.vision else len(image) for image in self.features]
-
-    def take(self, pictures: Sequence[int], prompts: Sequence[int] | None = None) -> ImageFeatures:
-        """Some of the pictures; one may be there more than once.
-
-        Args:
-            prompts: whose `question_ids` they are asked with; as they are by default.
-        """
-        index = torch.tensor(pictures, dtype=torch.int64)
-        vision = self.vision
-        if vision is not None:
-            whole = len(vision) == 1 and len(vision[0].features) == len(self.features)
-            vision = [vision[0].rows(index)] if whole else [vision[i] for i in pictures]
-        asked = self.question_ids
-        chosen: Any = replace(
-            self,
-            dense=None if self.dense is None else [self.dense[i] for i in pictures],
-            tokens=None if self.tokens is None else [self.tokens[i] for i in pictures],
-            vision=vision,
-            fingerprints=None if self.fingerprints is None else self.fingerprints[index.to(self.fingerprints.device)],
-            question_ids=asked if asked is None or prompts is None else asked[list(prompts)],
-        )
-        chosen.last_hidden_state, chosen.pooler_output = None, [self.features[i] for i in pictures]
-        return chosen
+NAMES = [f.name for f in fields(LlavaModelOutputWithPast)]
+IMAGES = next(name for name in NAMES if name in ("image_outputs", "image_hidden_states"))
 
 
 @dataclass
@@ -114,58 +60,19 @@ class SparseCausalLMOutput(LlavaCausalLMOutputWithPast):
     selection: tuple[Selection, ...] | None = None
 
 
-@dataclass
-class Request:
-    """One forward pass: what the caller gave, and what the phases find.
-
-    Attributes:
-        method: the method of this pass, a snapshot; visual: the family's arguments that say what is to be seen.
-        layout, images, written: found by `select`: where visual tokens are, how many images each prompt has, and how
-            many placeholders each image. Of features that the caller has merged, `images` alone.
-    """
-
-    method: Any
-    input_ids: Tensor | None
-    embeds: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    cache: Cache | None
-    visual_mask: Tensor | None
-    encoded: Any
-    visual: dict[str, Any]
-    output_selection: bool = False
-    prefill_chunk_size: int | None = None
-    layout: PromptLayout | None = None
-    images: list[int] = field(default_factory=list)
-    written: list[int] = field(default_factory=list)
-
-    @property
-    def encoder(self) -> Any:
-        return None if self.method is None else self.method.encoder
-
-    @property
-    def decoder(self) -> Any:
-        return None if self.method is None else self.method.decoder
-
-
-class PrunedModelMixin:
+class PrunedModelMixin(VisualItemsMixin):
     """Modifications of a stock model without head: only the visual tokens that a method keeps reach the decoder.
 
     A family says how its pictures are encoded (`encode_images`), which arguments belong to that (`visual_arguments`),
-    and how many tokens an image has (`dense_tokens_per_image`). With `sparse_method=None` the stock forward runs. A
-    forward takes one snapshot of the method, which pictures encoded for it carry on: `set_sparsity`, called meanwhile,
-    is for later ones.
+    and how many tokens an image has; one that takes videos too has `encode_videos`: see `VisualItemsMixin`. With
+    `sparse_method=None` the stock forward runs. A forward takes one snapshot of the method, which pictures encoded for
+    it carry on: `set_sparsity`, called meanwhile, is for later ones.
     """
 
     config: Any
     sparsifier: Any = None
     language_model: Any
     visual_arguments: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def dense_tokens_per_image(self) -> int:
-        """Placeholders that a stock processor writes for an image."""
-        raise NotImplementedError
 
     def encode_images(self, method: Any, pixel_values: Tensor, **arguments: Any) -> ImageFeatures:
         """What stands for pictures, as far as it does not depend on the question.
@@ -211,8 +118,8 @@ class PrunedModelMixin:
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         cache = the_cache(past_key_values, cache)
-        encoded = (mm_encoder_outputs or {}).get("image")
-        carried = getattr(encoded, "snapshot", None)
+        encoded = {name: given for name, given in (mm_encoder_outputs or {}).items() if given is not None}
+        carried = next((x.snapshot for x in encoded.values() if getattr(x, "snapshot", None) is not None), None)
         method = self.sparsifier if carried is None else carried[0]
         visual = {"pixel_values": pixel_values} | {k: kwargs.pop(k) for k in self.visual_arguments if k in kwargs}
         if method is None and not remembered(cache) and prefill_chunk_size is None:
@@ -222,7 +129,8 @@ class PrunedModelMixin:
                 "position_ids": position_ids,
             }
             known = {k: v for k, v in visual.items() if k != "question_ids"}
-            given |= {"inputs_embeds": inputs_embeds, "mm_encoder_outputs": mm_encoder_outputs, CACHE: cache}
+            encoded = {name: self.stock_features(x) for name, x in encoded.items()}
+            given |= {"inputs_embeds": inputs_embeds, "mm_encoder_outputs": encoded or None, CACHE: cache}
             stock = super().forward(**given, **known, return_dict=True, **kwargs)  # type: ignore[misc]
             return SparseModelOutput(**stock, selection=() if output_selection else None)
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[attr-defined]
@@ -235,19 +143,35 @@ class PrunedModelMixin:
         outputs = self.decode(request, images, inputs, kwargs)
         return self.record(request, images, inputs, outputs)
 
-    def encode(self, request: Request) -> ImageFeatures | None:
-        """First: pictures become features, by the tower, or as the caller has them; None where there are none."""
-        if request.visual["pixel_values"] is not None:
-            if request.encoded is not None or request.visual_mask is not None:
-                raise ValueError(
-                    "pixel_values, mm_encoder_outputs, and a visual_mask, which marks image features inside "
-                    "inputs_embeds, exclude each other: pass one of them."
-                )
-            return self.encode_images(request.method, **request.visual)
-        if request.encoded is not None:
-            images = self.adopt(request.encoded, request.method)
-            asked = request.visual.get("question_ids")
-            return images if asked is None else replace(images, question_ids=asked)
+    def stock_features(self, given: Any) -> Any:
+        """Features of a dense model in the form that the stock forward takes."""
+        return given
+
+    def encode(self, request: Request) -> dict[str, ImageFeatures]:
+        """First: pictures become features, by the tower, or as the caller has them; for each modality there is."""
+        arguments, found = dict(request.visual), {}
+        pixels = {name: arguments.pop(source, None) for name, (source, _) in self.modalities.items()}
+        for modality, (source, _) in self.modalities.items():
+            given = request.encoded.get(modality)
+            if pixels[modality] is not None:
+                if given is not None or request.visual_mask is not None:
+                    raise ValueError(
+                        f"{source}, mm_encoder_outputs, and a visual_mask, which marks image features inside "
+                        "inputs_embeds, exclude each other: pass one of them."
+                    )
+                encode = getattr(self, f"encode_{modality}s")
+                found[modality] = encode(request.method, pixels[modality], **arguments)
+            elif given is not None:
+                images, asked = self.adopt(given, request.method), arguments.get("question_ids")
+                found[modality] = images if asked is None else replace(images, question_ids=asked)
+        return found or self.encode_merged(request)
+
+    def encode_merged(self, request: Request) -> dict[str, ImageFeatures]:
+        """Features that the caller has merged into `inputs_embeds`, where a method behind the projector reduces them.
+
+        Raises:
+            ValueError: for embeddings that may hold features, and for a method that works before the projector.
+        """
         held = request.cache is not None and int(request.cache.get_seq_length()) > 0
         if request.visual_mask is None and request.input_ids is None and request.method is not None and not held:
             raise ValueError(
@@ -256,15 +180,17 @@ class PrunedModelMixin:
             )
         encoder = request.encoder
         if request.visual_mask is None or encoder is None:
-            return None
+            return {}
         if encoder.place != "projector":
             raise ValueError(f"visual_mask: {encoder.name} prunes in the encoder; pass pixel_values instead.")
-        mask, size = request.visual_mask.bool(), self.dense_tokens_per_image
+        mask = request.visual_mask.bool()
         merged = request.embeds[mask.to(request.embeds.device)]
-        if len(merged) % size:
+        sizes = [size for count in mask.sum(-1).tolist() if count for size in self.merged_sizes(count)]
+        if len(merged) != sum(sizes):
+            size = self.dense_tokens_per_image
             raise ValueError(f"visual_mask marks {len(merged)} image features; a multiple of {size} is allowed.")
-        features = list(merged.split(size)) if len(merged) else []
-        return self.adopt(BaseModelOutputWithPooling(pooler_output=features), request.method)
+        features = list(merged.split(sizes)) if sizes else []
+        return {"image": self.adopt(BaseModelOutputWithPooling(pooler_output=features), request.method)}
 
     def adopt(self, given: Any, method: Any) -> ImageFeatures:
         """Features that the caller has, of this model's `get_image_features` or of another's.
@@ -297,37 +223,44 @@ class PrunedModelMixin:
         encoder = method.encoder
         if not images.features or not images.vision or (encoder.looks_at_question and question is None):
             return images
-        if all(len(x) < encoder.tokens for x in images.features):
-            raise ValueError(f"{encoder.name} keeps {encoder.tokens} tokens of an image; these have fewer.")
-        vision = images.vision
-        if len({(x.patches, x.grid) for x in vision}) == 1:
-            vision = [concatenated(vision)]
-        tokens: list[VisualTokens] = []
-        for group in vision:
-            first = len(tokens)
-            rows = torch.arange(first, first + len(group.features))
-            asked = None if question is None else question.rows(rows).to(group.features.device)
-            with autocast_disabled(group.features):
-                tokens += encoder.reduce(replace(group, question=asked)).split()
-        chosen: Any = replace(images, tokens=tokens, vision=None)
-        chosen.pooler_output = [x.features[0] for x in tokens]
+        vision, groups = images.vision, [list(range(len(images.features)))]
+        if len(vision) == len(images.features):
+            same: dict[Any, list[int]] = {}
+            for item, x in enumerate(vision):
+                same.setdefault((len(images.features[item]), x.grid), []).append(item)
+            groups = list(same.values())
+            vision = [concatenated([vision[item] for item in group]) for group in groups]
+        tokens: dict[int, VisualTokens] = {}
+        for group, x in zip(groups, vision, strict=True):
+            encoder = self.method_for(method, len(images.features[group[0]])).encoder
+            asked = None if question is None else question.rows(torch.tensor(group)).to(x.features.device)
+            with autocast_disabled(x.features):
+                tokens |= zip(group, encoder.reduce(replace(x, question=asked)).split(), strict=True)
+        chosen: Any = replace(images, tokens=[tokens[item] for item in sorted(tokens)], vision=None)
+        chosen.pooler_output = [x.features[0] for x in chosen.tokens]
         return chosen
 
-    def select(self, request: Request, images: ImageFeatures | None) -> ImageFeatures | None:
+    def select(self, request: Request, seen: dict[str, ImageFeatures]) -> ImageFeatures | None:
         """Second: finds where the images are in the prompts; a method that looks at the question chooses now."""
-        embeds, size = request.embeds, self.dense_tokens_per_image
+        embeds, marked = request.embeds, request.visual_mask
         mask = newest_mask(request.attention_mask, embeds.shape[1])
-        if images is None:
-            if request.visual_mask is not None:
-                request.layout = PromptLayout.of(request.visual_mask, mask)
-                request.images = [max(1, count // size) for count in request.layout.visual_counts]
+        if not seen:
+            if marked is not None:
+                request.layout = PromptLayout.of(marked, mask)
+                items = [self.merged_sizes(count) for count in request.layout.visual_counts]
+                request.images = [len(prompt) for prompt in items]
+                request.sizes = [size for prompt in items for size in prompt]
             return None
-        marked = request.visual_mask
-        layout = PromptLayout.of(self.placeholders(request.input_ids, embeds) if marked is None else marked, mask)
-        kept = images.kept(request.method)
-        dense = images.dense or [size] * len(kept)
-        request.layout = layout
-        request.images, request.written = images_per_prompt(layout.visual_counts, kept, dense)
+        if marked is not None and len(seen) > 1:
+            raise ValueError("visual_mask does not tell images from videos: pass input_ids and no visual_mask.")
+        marks = [
+            self.placeholders(request.input_ids, embeds, name) if marked is None else marked for name in self.modalities
+        ]
+        request.layout = layout = PromptLayout.of(torch.stack(marks).any(0), mask)
+        which = None
+        if marked is None and len(marks) > 1:
+            which = by_prompt(torch.stack(marks).int().argmax(0)[layout.visual].tolist(), layout.visual_counts)
+        images = self.in_order(request, seen, which)
         if not images.vision:
             return images
         question = question_of(embeds, layout, request.images, None)
@@ -335,14 +268,6 @@ class PrunedModelMixin:
             rows = torch.tensor([row for row, n in enumerate(request.images) for _ in range(n)])
             question = replace(question, ids=images.question_ids[rows.to(images.question_ids.device)])
         return self.reduced(request.method, images, question)
-
-    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """`(batch, length)` bool: where the image placeholders are."""
-        token = self.config.image_token_id
-        if input_ids is not None:
-            return input_ids == token
-        embedding = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))  # type: ignore[attr-defined]
-        return (inputs_embeds == embedding).all(-1)
 
     def place(self, request: Request, images: ImageFeatures | None) -> DecoderInputs:
         """Third: tokens take the place of placeholders; those that none is left for go."""
@@ -376,12 +301,14 @@ class PrunedModelMixin:
                 )
             numbers, drawn = None, None if images is None else images.fingerprints
             if images is not None and images.tokens and request.encoder is not None:
-                numbers = numbers_by_prompt(images.tokens, request.images, request.encoder.new_tokens)
+                made = [sum(e.new_tokens for e in self.encoders_for(request.method, n)) for n in request.sizes]
+                numbers = numbers_by_prompt(images.tokens, request.images, made)
             if drawn is not None:
                 drawn = torch.stack([part.sum() for part in drawn.split(request.images)])
-            kwargs = kwargs | {
-                "pruning": DecoderPruning(method, layout, request.images, numbers, drawn, request.output_selection)
-            }
+            pruning = DecoderPruning(
+                method, layout, request.images, numbers, drawn, request.output_selection, self.prompt_budgets(request)
+            )
+            kwargs = kwargs | {"pruning": pruning}
         length = inputs.embeds.shape[1]
         size = length if request.prefill_chunk_size is None else max(1, request.prefill_chunk_size)
         if size >= length:

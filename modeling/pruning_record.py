@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,49 +39,46 @@ def record_stage(layer: int, reductions: Sequence[Reduction], raters: Tensor) ->
     return Selection(layer, kept, scores, merge_map if merges else None, raters)
 
 
-def tokens_by_prompt(tokens: Sequence[VisualTokens], images: Sequence[int]) -> list[list[VisualTokens]]:
-    """The images of each prompt, which has so many."""
+def by_prompt(items: Sequence[Any], images: Sequence[int]) -> list[list[Any]]:
+    """What there is of each image as a list for each prompt, which has so many."""
     starts = [sum(images[:row]) for row in range(len(images))]
-    return [list(tokens[start : start + count]) for start, count in zip(starts, images, strict=True)]
+    return [list(items[start : start + count]) for start, count in zip(starts, images, strict=True)]
+
+
+def tokens_by_prompt(tokens: Sequence[VisualTokens], images: Sequence[int]) -> list[VisualTokens]:
+    """The images of each prompt as one."""
+    nothing = tokens[0].map(lambda x: x[:, :0])
+    return [VisualTokens.joined(prompt) if prompt else nothing for prompt in by_prompt(tokens, images)]
 
 
 def numbers_by_prompt(
-    tokens: Sequence[VisualTokens], images: Sequence[int], new_tokens: int
+    tokens: Sequence[VisualTokens], images: Sequence[int], new_tokens: Sequence[int]
 ) -> tuple[Tensor, list[int]]:
     """The visual tokens of each prompt as `Selection` numbers them, and the number that follows.
 
-    Tokens that stand for no patch come behind the `new_tokens` that each image may have.
+    Tokens that stand for no patch come behind the `new_tokens` that each image may have at most.
 
     Returns:
         `(batch, most)` int64, 0 where a prompt has fewer, and a number for each prompt.
     """
     rows, following = [], []
-    for prompt in tokens_by_prompt(tokens, images):
-        patches = sum(image.patches for image in prompt)
-        behind = patches + new_tokens * len(prompt)
-        parts = [
-            torch.where(image.patch_index[0] < 0, behind + order, numbers)
-            for order, (image, numbers) in enumerate(zip(prompt, _renumbered(prompt, "patch_index"), strict=True))
-        ]
-        rows.append(torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=tokens[0].scores.device))
-        following.append(behind + len(prompt))
+    for prompt, made in zip(tokens_by_prompt(tokens, images), by_prompt(new_tokens, images), strict=True):
+        index, behind = prompt.patch_index[0], prompt.patches + sum(made)
+        none = index < 0
+        rows.append(torch.where(none, behind + none.cumsum(0) - 1, index))
+        following.append(behind + len(made))
     return pad_sequence(rows, batch_first=True), following
 
 
 def stage_of_encoder(layer: int, tokens: Sequence[VisualTokens], images: Sequence[int]) -> Selection:
     """What an encoder method made of the images as a stage of the prompts, a row for each."""
-    device = tokens[0].scores.device
     kept, scores, into = [], [], []
-    nothing = torch.zeros(0, dtype=torch.int64, device=device)
     for prompt in tokens_by_prompt(tokens, images):
-        indices = _renumbered(prompt, "patch_index")
-        own = [
-            numbers[(image.patch_index[0] >= 0) & (image.patch_index[0] < image.patches)]
-            for image, numbers in zip(prompt, indices, strict=True)
-        ]
-        kept.append(torch.cat([nothing, *own]).sort().values)
-        scores.append(torch.cat([nothing.to(tokens[0].scores.dtype), *(image.scores[0] for image in prompt)]))
-        into.append(torch.cat([nothing, *_renumbered(prompt, "merged")]))
+        index = prompt.patch_index[0]
+        kept.append(index[(index >= 0) & (index < prompt.patches)].sort().values)
+        scores.append(prompt.scores[0])
+        merged = index[:0] if prompt.merged is None else prompt.merged[0]
+        into.append(torch.where(merged < 0, merged, merged + prompt.patches))
     merges = tokens[0].merged is not None
     return Selection(
         layer,
@@ -88,19 +86,3 @@ def stage_of_encoder(layer: int, tokens: Sequence[VisualTokens], images: Sequenc
         pad_sequence(scores, batch_first=True, padding_value=-torch.inf),
         pad_sequence(into, batch_first=True, padding_value=-1) if merges else None,
     )
-
-
-def _renumbered(prompt: Sequence[VisualTokens], name: str) -> list[Tensor]:
-    """`patch_index`, or `merged`, of the images of a prompt, numbered within the prompt."""
-    total, before = sum(image.patches for image in prompt), 0
-    made: Tensor | int = 0
-    parts = []
-    for image in prompt:
-        index = image.patch_index[0]
-        if name == "patch_index":
-            parts.append(torch.where(index < image.patches, index + before, index - image.patches + total + made))
-        elif image.merged is not None:
-            parts.append(torch.where(image.merged[0] >= 0, image.merged[0] + total + made, -1))
-        before += image.patches
-        made = made + (index >= image.patches).sum()
-    return parts

@@ -8,7 +8,15 @@ import re
 from dataclasses import MISSING, is_dataclass, replace
 from typing import Any, TypeVar
 
-from .pruning_methods import DecoderSparsifier, EncoderSparsifier, Sparsifier, compose, shared_out
+from .pruning_methods import (
+    DecoderSparsifier,
+    EncoderSparsifier,
+    Sparsifier,
+    compose,
+    entering_of,
+    for_part,
+    shared_out,
+)
 from .pruning_settings import JOIN, POSITIONS, Sparsity, check_counts, nearest, option_defaults, shown
 from .pruning_types import Geometry
 
@@ -95,14 +103,20 @@ def resolve(settings: Sparsity, geometry: Geometry) -> Sparsifier | None:
         return None
     classes = method_classes(settings.method)
     if len(classes) == 2:
-        return compose(classes, geometry, settings)
-    return classes[0].resolve(geometry, settings)
+        method: Sparsifier = compose(classes, geometry, settings)
+    else:
+        method = classes[0].resolve(*for_part(classes[0], geometry, settings))
+    object.__setattr__(method, "origin", (resolve, settings, geometry))
+    return method
 
 
-def entering(settings: Sparsity, patches: int) -> int | None:
+def entering(settings: Sparsity, patches: int, frames: int | None = None) -> int | None:
     """Tokens of an image of so many patches that enter the decoder; None for all, as in the dense model.
 
     What a model would refuse is refused here too, as far as it does not depend on the number of layers.
+
+    Args:
+        frames: of a video, each of so many patches; None for an image.
 
     Raises:
         ValueError: as `resolve`.
@@ -111,18 +125,19 @@ def entering(settings: Sparsity, patches: int) -> int | None:
     if settings.method is None:
         return None
     classes = method_classes(settings.method)
+    geometry = Geometry(patches, DEEPEST, frames=frames)
     if len(classes) == 1:
         if settings.layers is not None:
             check_counts("sparse_layers", settings.layers, -DEEPEST, DEEPEST)
-        tokens = classes[0].entering(patches, settings)
+        tokens = entering_of(classes[0], geometry, settings)
     else:
-        first, second = shared_out(settings, patches)
-        tokens = classes[0].entering(patches, first)
+        first, second = shared_out(settings, geometry.tokens)
+        tokens = entering_of(classes[0], geometry, first)
         # Processors that older versions saved hold the encoder method's budget alone.
         if second.budget is not None or second.budgets is not None:
-            classes[1].entering(patches if tokens is None else tokens, second)
+            classes[1].entering(geometry.tokens if tokens is None else tokens, second)
     if tokens is not None and settings.budget is not None and settings.budgets is not None:
-        meant = entering(replace(settings, budgets=None), patches)
+        meant = entering(replace(settings, budgets=None), patches, frames)
         if meant != tokens:
             raise ValueError(
                 f"`sparse_budget`={shown(settings.budget)} contradicts the given `sparse_budgets`="

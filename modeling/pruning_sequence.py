@@ -184,7 +184,7 @@ class VisualGroup:
     Attributes:
         rows: indices of the rows in the batch.
         index: the same, `(rows,)` int64 on the device, or None for the whole batch.
-        images: images per prompt.
+        images: images per prompt; budgets: of the method, in a row: see `DecoderPruning`.
         columns: `(rows, V)` int64, columns of the visual tokens, ascending.
         numbers: `(rows, V)` int64, their numbers as `Selection` counts them.
         next_number: the number that the next merged token gets.
@@ -196,6 +196,7 @@ class VisualGroup:
     columns: Tensor
     numbers: Tensor
     next_number: int
+    budgets: tuple[int, ...] | None = None
 
     def take(self, x: Tensor) -> Tensor:
         """The group's rows of a `(batch, ...)` tensor."""
@@ -217,24 +218,28 @@ class VisualGroup:
         local = on_device(members, self.columns.device)
         index = local if self.index is None else self.index.index_select(0, local)
         columns, numbers = self.columns.index_select(0, local), self.numbers.index_select(0, local)
-        return VisualGroup(rows, index, self.images, columns, numbers, self.next_number)
+        return replace(self, rows=rows, index=index, columns=columns, numbers=numbers)
 
 
 def visual_groups(
-    layout: PromptLayout, images: Sequence[int], numbers: tuple[Tensor, Sequence[int]] | None
+    layout: PromptLayout,
+    images: Sequence[int],
+    numbers: tuple[Tensor, Sequence[int]] | None,
+    budgets: Sequence[tuple[int, ...]] | None = None,
 ) -> list[VisualGroup]:
-    """The rows that have visual tokens, grouped by how many, of how many images.
+    """The rows that have visual tokens, grouped by how many, of how many images, and by budgets.
 
     Args:
-        layout: of the prompts; images: of each.
+        layout: of the prompts; images: of each; budgets: of each, or None where they follow from the images.
         numbers: `(batch, at least V)` of the visual tokens, and the number that follows them in each row; None for
             0, 1, 2, ...
     """
     order = (~layout.visual).int().argsort(dim=1, stable=True)
     following = layout.visual_counts if numbers is None else list(numbers[1])
-    keys = list(zip(layout.visual_counts, images, following, strict=True))
+    own_budgets = [None] * len(following) if budgets is None else budgets
+    keys = list(zip(layout.visual_counts, images, following, own_budgets, strict=True))
     groups = []
-    for key in sorted({key for key in keys if key[0]}):
+    for key in sorted({key for key in keys if key[0]}, key=str):
         count = key[0]
         rows = [row for row, other in enumerate(keys) if other == key]
         index = None if len(rows) == len(keys) else on_device(rows, order.device)
@@ -244,5 +249,5 @@ def visual_groups(
         else:
             own = numbers[0].to(order.device)[:, :count]
             own = own if index is None else own.index_select(0, index)
-        groups.append(VisualGroup(rows, index, key[1], columns, own, key[2]))
+        groups.append(VisualGroup(rows, index, key[1], columns, own, key[2], key[3]))
     return groups

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -294,6 +295,18 @@ class Sparsity:
                 values[name] = value if values[name] is None else values[name]
         first, second = (Sparsity(part, **values) for part, values in zip(names, settings, strict=True))
         return first, second
+
+    def at_most(self, tokens: int) -> Sparsity:
+        """The settings for an item that has so many tokens: what asks for more asks for all of them."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: cut(entry) for name, entry in value.items()}
+            if isinstance(value, tuple | list):
+                return [cut(entry) for entry in value]
+            return min(value, tokens) if is_count(value, 1, sys.maxsize) else value
+
+        return replace(self, budget=cut(self.budget), budgets=cut(self.budgets))
 
     @property
     def shares_budget(self) -> bool:

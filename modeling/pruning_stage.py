@@ -118,6 +118,7 @@ class DecoderPruning:
     Attributes:
         method: a `DecoderSparsifier`; layout: where the visual tokens are.
         images: of each prompt, by which the method's budgets count.
+        budgets: of each prompt, where its items are of several sizes, and budgets are of them together; else None.
         numbers: what the visual tokens are, where an encoder method has chosen them: see `visual_groups`.
         fingerprints: `(batch,)` int64, what the method draws from; None for nothing.
         output_selection: whether the stages are recorded.
@@ -129,6 +130,14 @@ class DecoderPruning:
     numbers: tuple[Tensor, Sequence[int]] | None = None
     fingerprints: Tensor | None = None
     output_selection: bool = False
+    budgets: Sequence[tuple[int, ...]] | None = None
+
+    def counts(self, stage: int, group: VisualGroup, attention: Any) -> list[int]:
+        """As `DecoderSparsifier.counts`, of the rows of a group."""
+        if group.budgets is None:
+            counts: list[int] = self.method.counts(stage, group.images, attention)
+            return counts
+        return list(replace(self.method, budgets=group.budgets).counts(stage, 1, attention))
 
 
 def open_prompt(pruning: DecoderPruning, embeds: Tensor, position_ids: Tensor) -> Prompt:
@@ -139,7 +148,7 @@ def open_prompt(pruning: DecoderPruning, embeds: Tensor, position_ids: Tensor) -
     """
     layout, method, fingerprints = pruning.layout, pruning.method, pruning.fingerprints
     batch, length = layout.visual.shape
-    groups = visual_groups(layout, pruning.images, pruning.numbers)
+    groups = visual_groups(layout, pruning.images, pruning.numbers, pruning.budgets)
     if is_torchdynamo_compiling():
         # A bound that the shape tells: one graph for all prompts of a shape.
         most = max(1, length - min(layout.visual_counts))
@@ -278,4 +287,4 @@ def _next_group(r: Reduction, destination: Tensor, inserted: Tensor | None) -> V
         new = group.next_number + torch.arange(r.merged_count, device=columns.device)
         columns = torch.cat([columns, group.take(inserted)[:, : r.merged_count]], dim=1)
         numbers = torch.cat([numbers, new.expand(len(group.rows), -1)], dim=1)
-    return VisualGroup(group.rows, group.index, group.images, columns, numbers, group.next_number + r.merged_count)
+    return replace(group, columns=columns, numbers=numbers, next_number=group.next_number + r.merged_count)

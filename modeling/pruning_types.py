@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,21 @@ class Geometry:
     Attributes:
         patches: of one item (a picture, for LLaVA-1.5); encoder_layers, decoder_layers: how many there are.
         feature_layer: the encoder layer whose output the model uses, -1 for the last.
+        frames: of an item that is a video; of each, CLS enters the decoder beside its patches. None for a picture.
+        frame: which of them a method inside the tower is asked about.
     """
 
     patches: int
     encoder_layers: int
     decoder_layers: int = 0
     feature_layer: int = -2
+    frames: int | None = None
+    frame: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the item that enter the decoder of the dense model."""
+        return self.patches if self.frames is None else self.frames * (self.patches + 1)
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class Selection:
     Visual tokens are numbered over the original patch grid: 0-based, without CLS, image *i* of a prompt adding
     the patches of the images before it; merged tokens are numbered on from the prompt's total of patches. (Where a
     model feeds CLS to its decoder, `vision_feature_select_strategy="full"`, decoder methods count it as token 0 of its
-    image.)
+    image. Of a video, CLS is token 0 of each frame, for all methods, and its patches follow: P patches a frame make
+    1 + P numbers.)
 
     Attributes:
         layer: the encoder or decoder layer (0-based) whose output was reduced.
@@ -147,6 +157,48 @@ class VisualTokens(_Rows):
     @property
     def patches(self) -> int:
         return self.scores.shape[1]
+
+    @classmethod
+    def joined(cls, parts: Sequence[VisualTokens]) -> VisualTokens:
+        """Several items, one entry each, as one: numbered on from part to part, what is made anew behind them all."""
+        total, before = sum(part.patches for part in parts), 0
+        made: Tensor | int = 0
+        index, merged = [], []
+        for part in parts:
+            own, patches = part.patch_index, part.patches
+            moved = torch.where(own < patches, own + before, own - patches + total + made)
+            index.append(torch.where(own < 0, own, moved))
+            if part.merged is not None:
+                merged.append(torch.where(part.merged < 0, part.merged, part.merged + made))
+            before += patches
+            made = made + (own >= patches).sum()
+        features, scores = (
+            torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("features", "scores")
+        )
+        sizes = [part.token_sizes for part in parts if part.token_sizes is not None]
+        return cls(
+            features,
+            torch.cat(index, dim=1),
+            scores,
+            torch.cat(merged, dim=1) if merged else None,
+            torch.cat(sizes, dim=1) if sizes else None,
+        )
+
+    def with_cls(self, cls: Tensor, there: bool) -> VisualTokens:
+        """The same of items in which CLS, `(items, channels)`, is a token too: number 0, the patches from 1 on.
+
+        Args:
+            there: whether it is the first token already; else it goes in front.
+        """
+        features, index, sizes = self.features, self.patch_index, self.token_sizes
+        if not there:
+            features = torch.cat([cls[:, None].to(features), features], dim=1)
+            index = nn.functional.pad(index, (1, 0), value=-1)
+            sizes = None if sizes is None else nn.functional.pad(sizes, (1, 0), value=1.0)
+        merged = None if self.merged is None else nn.functional.pad(self.merged, (1, 0), value=-1)
+        # It always stays, so that no score is above its own.
+        scores = torch.cat([self.scores.amax(1, keepdim=True), self.scores], dim=1)
+        return VisualTokens(features, index + 1, scores, merged, sizes)
 
     def split(self) -> list[VisualTokens]:
         """An entry for each item."""

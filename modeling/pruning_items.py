@@ -1,0 +1,248 @@
+"""What prompts show: images and videos, encoded; of what size each is, and in what order they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .pruning_inputs import images_per_prompt
+from .pruning_record import by_prompt
+from .pruning_sequence import PromptLayout
+from .pruning_types import VisionFeatures, VisualTokens
+
+
+@dataclass
+class ImageFeatures(BaseModelOutputWithPooling):
+    """Pictures, encoded: what `get_image_features` gives and `mm_encoder_outputs={"image": ...}` takes; or videos.
+
+    Attributes:
+        pooler_output: `(tokens, channels)` of each picture, as they enter the decoder; of a method that has yet to
+            choose, by the question, all patches.
+        dense: of each picture, the tokens that the dense model has.
+        tokens: what a method has made of each picture; None where it has yet to choose, or chooses in the decoder.
+        vision: what it has yet to choose from, for all pictures at once or for each.
+        fingerprints: `(pictures,)` int64, of a method that draws; question_ids: `(prompts, n)`, see `Question`.
+        snapshot: the method that they were encoded for, which goes on with them.
+    """
+
+    dense: list[int] | None = None
+    tokens: list[VisualTokens] | None = None
+    vision: list[VisionFeatures] | None = None
+    fingerprints: Tensor | None = None
+    question_ids: Tensor | None = None
+    snapshot: tuple[Any, ...] | None = None
+
+    @property
+    def features(self) -> list[Tensor]:
+        """As `pooler_output`, as a list."""
+        return list(self.pooler_output)
+
+    def take(self, pictures: Sequence[int], prompts: Sequence[int] | None = None) -> ImageFeatures:
+        """Some of the pictures; one may be there more than once.
+
+        Args:
+            prompts: whose `question_ids` they are asked with; as they are by default.
+        """
+        index = torch.tensor(pictures, dtype=torch.int64)
+        vision = self.vision
+        if vision is not None:
+            whole = len(vision) == 1 and len(vision[0].features) == len(self.features)
+            vision = [vision[0].rows(index)] if whole else [vision[i] for i in pictures]
+        asked = self.question_ids
+        chosen: Any = replace(
+            self,
+            dense=None if self.dense is None else [self.dense[i] for i in pictures],
+            tokens=None if self.tokens is None else [self.tokens[i] for i in pictures],
+            vision=vision,
+            fingerprints=None if self.fingerprints is None else self.fingerprints[index.to(self.fingerprints.device)],
+            question_ids=asked if asked is None or prompts is None else asked[list(prompts)],
+        )
+        chosen.last_hidden_state, chosen.pooler_output = None, [self.features[i] for i in pictures]
+        return chosen
+
+    @classmethod
+    def joined(cls, parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """Pictures and videos, one behind the other."""
+        if len(parts) == 1:
+            return parts[0]
+        parts = [part.take(range(len(part.features))) for part in parts]
+
+        def all_of(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            return None if any(value is None for value in values) else [entry for value in values for entry in value]
+
+        drawn = [part.fingerprints for part in parts if part.fingerprints is not None]
+        return replace(
+            parts[0],
+            **{name: all_of(name) for name in ("pooler_output", "dense", "tokens", "vision")},
+            fingerprints=torch.cat(drawn) if drawn else None,
+            question_ids=next((part.question_ids for part in parts if part.question_ids is not None), None),
+        )
+
+
+@dataclass
+class Request:
+    """One forward pass: what the caller gave, and what the phases find.
+
+    Attributes:
+        method: the method of this pass, a snapshot; visual: the family's arguments that say what is to be seen.
+        layout, images, written, sizes: found by `select`: where visual tokens are, how many images each prompt has, and
+            of each image how many placeholders and how many tokens in the dense model. Of features that the caller
+            has merged there are no `written`.
+        modalities: of each image, "image" or "video".
+    """
+
+    method: Any
+    input_ids: Tensor | None
+    embeds: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    cache: Cache | None
+    visual_mask: Tensor | None
+    encoded: Any
+    visual: dict[str, Any]
+    output_selection: bool = False
+    prefill_chunk_size: int | None = None
+    layout: PromptLayout | None = None
+    images: list[int] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    modalities: list[str] = field(default_factory=list)
+
+    @property
+    def encoder(self) -> Any:
+        return None if self.method is None else self.method.encoder
+
+    @property
+    def decoder(self) -> Any:
+        return None if self.method is None else self.method.decoder
+
+
+class VisualItemsMixin:
+    """What a family says of its items, an image or a video each, and what follows from that.
+
+    Attributes:
+        modalities: "image" and, of a family that takes them, "video": the argument that holds their pixels, and the
+            configuration's field for their placeholder.
+    """
+
+    config: Any
+    modalities: ClassVar[dict[str, tuple[str, str]]] = {"image": ("pixel_values", "image_token_id")}
+
+    @property
+    def dense_tokens_per_image(self) -> int:
+        """Placeholders that a stock processor writes for an image."""
+        raise NotImplementedError
+
+    def sizes_of(self, tokens: int) -> dict[str, Any]:
+        """The sizes, as of `Geometry`, of an item of so many tokens in the dense model; none for the usual item."""
+        return {} if tokens == self.dense_tokens_per_image else {"patches": tokens}
+
+    def method_for(self, method: Any, tokens: int) -> Any:
+        """The method for an item that has so many tokens in the dense model: budgets count, and ratios are, of it."""
+        return method.of(**self.sizes_of(tokens))
+
+    def encoders_for(self, method: Any, tokens: int) -> list[Any]:
+        """What reduces such an item: one encoder method, or, inside the tower, one for each frame of a video."""
+        own, frames = self.method_for(method, tokens), self.sizes_of(tokens).get("frames")
+        if frames is None or own.encoder.place == "projector":
+            return [own.encoder]
+        return [own.of(frame=frame).encoder for frame in range(frames)]
+
+    def prompt_budgets(self, request: Request) -> list[tuple[int, ...]] | None:
+        """The decoder method's budgets for each prompt, where its items are of another size than the usual one."""
+        usual = request.decoder
+        own = {size: self.method_for(request.method, size).decoder for size in request.sizes}
+        if all(method.budgets == usual.budgets for method in own.values()):
+            return None
+        # All items of a batch go through the same stages: of one that would have others, no more stay than of the rest.
+        budgets = {
+            size: x.budgets if x.layers == usual.layers else tuple(min(count, size) for count in usual.budgets)
+            for size, x in own.items()
+        }
+        prompts = by_prompt([budgets[size] for size in request.sizes], request.images)
+        return [tuple(map(sum, zip(*prompt, strict=True))) for prompt in prompts]
+
+    def merged_sizes(self, tokens: int) -> list[int]:
+        """The images of which a prompt has so many features that the caller has merged."""
+        size = self.dense_tokens_per_image
+        return [size] * max(1, tokens // size)
+
+    def kept_tokens(self, method: Any, images: ImageFeatures) -> list[int]:
+        """Tokens of each image that enter the decoder."""
+        if not images.vision:
+            return [len(image) for image in images.features]
+        return [self.method_for(method, len(image)).encoder.tokens for image in images.features]
+
+    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor, modality: str = "image") -> Tensor:
+        """`(batch, length)` bool: where the placeholders of images, or of videos, are."""
+        token = getattr(self.config, self.modalities[modality][1])
+        if input_ids is not None:
+            return input_ids == token
+        embedding = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))  # type: ignore[attr-defined]
+        return (inputs_embeds == embedding).all(-1)
+
+    def in_order(
+        self, request: Request, seen: dict[str, ImageFeatures], which: Sequence[Sequence[int]] | None
+    ) -> ImageFeatures:
+        """The images and videos as the prompts have them.
+
+        Args:
+            which: of the placeholders of each prompt, the modality by its number; None where there is but one.
+
+        Raises:
+            ValueError: where placeholders and images do not match.
+        """
+        names: list[str] = list(seen) if which is None else list(self.modalities)
+        layout: Any = request.layout
+        written: dict[str, list[int]] = {}
+        prompts: list[int] = []
+        for index, name in enumerate(names):
+            images = seen.get(name)
+            kept = [] if images is None else self.kept_tokens(request.method, images)
+            dense = (None if images is None else images.dense) or [self.dense_tokens_per_image] * len(kept)
+            counts = layout.visual_counts if which is None else [list(x).count(index) for x in which]
+            prompts, written[name] = images_per_prompt(counts, kept, dense, name)
+        joined = ImageFeatures.joined([seen[name] for name in names if name in seen])
+        request.images, request.written = prompts, written[names[0]]
+        request.modalities = names[:1] * len(joined.features)
+        if which is not None:
+            places = _in_prompts(which, [written[name] for name in names])
+            order = [place for prompt in places for place in prompt]
+            starts = [sum(len(written[name]) for name in names[:i]) for i in range(len(names))]
+            joined = joined.take([starts[modality] + item for modality, item in order])
+            request.images = [len(prompt) for prompt in places]
+            request.written = [written[names[modality]][item] for modality, item in order]
+            request.modalities = [names[modality] for modality, _ in order]
+        request.sizes = joined.dense or [self.dense_tokens_per_image] * len(joined.features)
+        return joined
+
+
+def _in_prompts(which: Sequence[Sequence[int]], written: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
+    """Of each prompt the images and videos, as (modality, number among those of it).
+
+    Args:
+        which: modality of each placeholder of each prompt; written: placeholders of each item of each modality.
+
+    Raises:
+        ValueError: where the placeholders of one are not side by side.
+    """
+    following, prompts = [0] * len(written), []
+    for kinds in which:
+        column, items = 0, []
+        while column < len(kinds):
+            kind = kinds[column]
+            count = written[kind][following[kind]]
+            if set(kinds[column : column + count]) != {kind}:
+                raise ValueError("Placeholders of a video stand among those of an image: each needs its own in a row.")
+            items.append((kind, following[kind]))
+            following[kind] += 1
+            column += count
+        prompts.append(items)
+    return prompts
