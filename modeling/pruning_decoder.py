@@ -129,6 +129,8 @@ class DecoderRun:
                     inputs_embeds=hidden,
                     attention_mask=valid,
                     layer_idx=layer,
+                    # Where there is padding no mask can be left out; looking whether one can would wait for the device.
+                    allow_is_causal_skip=valid is None,
                     **{CACHE: self.cache},
                 )
         self.rotary = self.decoder.rotary_emb(hidden, position_ids=position_ids.to(hidden.device))

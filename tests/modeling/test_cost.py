@@ -155,3 +155,18 @@ def test_selection_costs_nothing_when_off(model, processor):
         counts.append(len(watch.names))
         assert (out.selection is not None) == record
     assert counts[0] < counts[1]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_prefill_waits_for_the_host_no_more_often_than_stock(case, dense, processor, padded):
+    """But for the method whose number of tokens follows from the data, and tokens whose number it reads."""
+    inputs = tiny.inputs(processor, tiny.QUESTIONS if padded else tiny.QUESTIONS[:1])
+    model = llava_sparse.sparsify(dense, case.method, **case.settings)
+    reads = []
+    for one in (dense, model):
+        with torch.no_grad(), Watch() as watch:
+            one(**inputs)
+        reads.append(sum(name in SYNCHRONISING for name in watch.names))
+    # `PromptLayout.of` reads once, by `tolist`, which no operation shows.
+    ranks = 0 if case.settings.get("options", {}).get("version") != "1.0" else 10
+    assert reads[1] + 1 <= reads[0] + ranks, reads
