@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .pruning_methods import EncoderSparsifier
-from .pruning_ops import cosines, to_float
+from .pruning_ops import cosines, ranked, rows_at, to_float
 from .pruning_registry import register_method
 from .pruning_settings import option
 from .pruning_types import Question, VisionFeatures, VisualTokens
@@ -37,13 +37,15 @@ def text_relevance(projected: Tensor, question: Question) -> Tensor:
     return (visual * mean).sum(-1) / visual.norm(dim=-1).clamp(min=EPSILON)
 
 
-def conditional_dpp(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def conditional_dpp(kernel: Tensor, count: int, block: int = 1) -> tuple[Tensor, Tensor]:
     """Greedy maximum a posteriori choice of a determinantal point process (paper, section 3.3).
 
     Where the rank of the kernel is used up, so that nothing left adds to the volume, a new round begins among the rest.
 
     Args:
         kernel: `(rows, N, N)` symmetric, positive semidefinite.
+        count: how many are chosen; block: how many at a time, each by its variance given those before them all.
 
     Returns:
         the tokens in the order of choice, and the conditional variance with which each was chosen, `(rows, count)`.
@@ -54,22 +56,30 @@ def conditional_dpp(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
     taken = torch.zeros_like(variance, dtype=torch.bool)
     factors = kernel.new_zeros(kernel.shape[0], count, kernel.shape[1])
     chosen, gains = [], []
-    for step in range(count):
+    for start in range(0, count, block):
         spent = ((variance <= least) | taken).all(-1, keepdim=True)
         variance = torch.where(spent, diagonal, variance)
         factors = factors.masked_fill(spent[..., None], 0)
         # A token that the chosen ones span has no variance of its own, but for rounding.
         value = torch.where(variance > least, variance, -1.0).masked_fill(taken, -torch.inf)
-        gain, token = value.max(-1, keepdim=True)
-        chosen.append(token)
+        end = min(start + block, count)
+        tokens = value.argmax(-1, keepdim=True) if end == start + 1 else ranked(value)[:, : end - start]
+        gain = value.gather(1, tokens)
+        chosen.append(tokens)
         gains.append(gain)
-        taken = taken.scatter(1, token, True)
-        column = token[..., None].expand(-1, -1, kernel.shape[2])
-        known = factors.gather(2, token[:, None].expand(-1, count, -1))
-        row = kernel.gather(1, column) - known.transpose(1, 2) @ factors
-        row = (row / gain.clamp(min=torch.finfo(gain.dtype).tiny).sqrt()[..., None]).squeeze(1)
-        factors = torch.cat([factors[:, :step], row[:, None], factors[:, step + 1 :]], dim=1)
-        variance = variance - row.square()
+        taken = taken.scatter(1, tokens, True)
+        known = factors.gather(2, tokens[:, None].expand(-1, count, -1))
+        rows = rows_at(kernel, tokens) - known.transpose(1, 2) @ factors
+        if end == start + 1:
+            rows = rows / gain.clamp(min=torch.finfo(gain.dtype).tiny).sqrt()[..., None]
+        else:
+            among = rows.gather(2, tokens[:, None].expand(-1, end - start, -1))
+            # Tokens of a block may be alike; a little on the diagonal keeps its root.
+            among = among + torch.diag_embed(EPSILON + least.gather(1, tokens))
+            root = torch.linalg.cholesky_ex(among)[0]
+            rows = torch.linalg.solve_triangular(root, rows, upper=False).nan_to_num(posinf=0, neginf=0)
+        factors[:, start:end] = rows
+        variance = variance - rows.square().sum(1)
     return torch.cat(chosen, dim=1), torch.cat(gains, dim=1)
 
 
@@ -88,8 +98,8 @@ class CDPruner(EncoderSparsifier):
     `SparseLlavaProcessor` with the same options writes. Without it (default), the decoder's own embeddings: see
     `text_relevance`, which needs no second model and is not the paper's.
 
-    `sparse_budgets` is [tokens]. All patches are the dense model. Complexity: N^2 C for the kernel, k^2 N / 2 for the
-    choice.
+    `sparse_budgets` is [tokens]. `block`, 1 by default, as published, chooses several at a time: see
+    `conditional_dpp`. All patches are the dense model. Complexity: N^2 C for the kernel, k^2 N / 2 for the choice.
 
     Departs from the published code: relevance is normalised in every image, not over the batch; where the rank of L is
     used up, the choice goes on in a new round, where the published one repeats tokens; several images stay several.
@@ -107,6 +117,8 @@ class CDPruner(EncoderSparsifier):
     clip: str | None = option(
         None, "Hub id or folder of a CLIP model that measures relevance", kind=str, from_caller=True
     )
+
+    block: int = option(1, "tokens chosen at a time", low=1)
 
     def relevance(self, vision: VisionFeatures) -> Tensor:
         """Of `(items, N)` patches to the question, by CLIP where it is named, else by the decoder's embeddings."""
@@ -126,5 +138,5 @@ class CDPruner(EncoderSparsifier):
         relevance = self.relevance(vision)
         q = normalised(relevance)
         kernel = q[:, :, None] * cosines(projected) * q[:, None]
-        order = conditional_dpp(kernel, self.tokens)[0]
+        order = conditional_dpp(kernel, self.tokens, self.block)[0]
         return VisualTokens.kept(projected, order.sort(dim=-1).values, relevance)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .method_cdpruner import normalised
 from .pruning_methods import EncoderSparsifier
-from .pruning_ops import cosines, rows_at, to_float
+from .pruning_ops import cosines, greedy_coverage, rows_at, to_float
 from .pruning_registry import register_method
 from .pruning_settings import option
 from .pruning_types import Question, VisionFeatures, VisualTokens
@@ -32,31 +32,6 @@ def word_relevance(projected: Tensor, question: Question) -> Tensor:
     )
     similarity = (visual @ text.transpose(1, 2)).masked_fill(~question.valid[:, None], -1)
     return torch.where(question.valid.any(-1, keepdim=True), similarity.amax(-1), 0)
-
-
-def delegates(similarity: Tensor, demand: Tensor, count: int) -> Tensor:
-    """Greedy choice of the tokens that represent all others best: facility location.
-
-    Maximises F(K) = sum over patches i of demand_i * max over j in K of max(0, similarity_ij); the greedy choice has
-    1 - 1/e of the best value at least (Nemhauser, Wolsey and Fisher 1978).
-
-    Args:
-        similarity: `(rows, N, N)` symmetric; demand: `(rows, N)`, from 0 on.
-
-    Returns:
-        `(rows, count)` tokens in the order of choice; ties go to the earlier one.
-    """
-    covered = torch.zeros_like(demand)
-    taken = torch.zeros_like(demand, dtype=torch.bool)
-    chosen = []
-    for _ in range(count):
-        # Not a product of matrices: of equal gains, rounding would choose another one in a batch than alone.
-        gain = (similarity - covered[:, None]).relu_().mul_(demand[:, None]).sum(-1)
-        token = gain.masked_fill_(taken, -torch.inf).argmax(-1, keepdim=True)
-        chosen.append(token)
-        taken = taken.scatter(1, token, True)
-        covered = torch.maximum(covered, rows_at(similarity, token).squeeze(1))
-    return torch.cat(chosen, dim=1)
 
 
 def constituents(similarity: Tensor, kept: Tensor) -> Tensor:
@@ -85,7 +60,8 @@ class Delegate(EncoderSparsifier):
       visual tokens draw less attention in all; without this, answers lean towards what the words alone suggest (No).
 
     The kept tokens stand in their order, with contiguous positions, as they were. `sparse_budgets` is [tokens]. All
-    patches are the dense model. Options: `beta`, 1 by default; `proportional`, true by default.
+    patches are the dense model. Options: `beta`, 1 by default; `proportional`, true by default; `block`, see
+    `greedy_coverage`, 1 by default.
 
     Proportional attention needs a mask: attention backends "sdpa" and "eager"; others, and a decoder method behind this
     one, need `proportional=False`. Relevance needs a model whose projector maps objects near their words, as the
@@ -105,6 +81,7 @@ class Delegate(EncoderSparsifier):
     looks_at_question = True
 
     beta: float = option(1.0, "exponent of the relevance of a patch", low=0)
+    block: int = option(1, "tokens chosen at a time", low=1)
     proportional: bool = option(True, "whether a token counts in attention for all that it stands for")
 
     @property
@@ -118,6 +95,7 @@ class Delegate(EncoderSparsifier):
         projected: Any = vision.projected
         relevance = word_relevance(projected, vision.question)  # type: ignore[arg-type]
         similarity = cosines(projected)
-        kept = delegates(similarity, normalised(relevance) ** self.beta, self.tokens).sort(dim=-1).values
+        demand = normalised(relevance) ** self.beta
+        kept = greedy_coverage(similarity, demand, self.tokens, self.block)[0].sort(dim=-1).values
         tokens = VisualTokens.kept(projected, kept, relevance)
         return replace(tokens, token_sizes=constituents(similarity, kept)) if self.proportional else tokens

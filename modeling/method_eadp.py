@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .method_cdpruner import EPSILON
-from .method_delegate import delegates
 from .pruning_methods import EncoderSparsifier
-from .pruning_ops import cosines, to_float
+from .pruning_ops import cosines, greedy_coverage, to_float
 from .pruning_registry import register_method
 from .pruning_settings import option
 from .pruning_types import VisionFeatures, VisualTokens
@@ -68,8 +67,9 @@ class EADP(EncoderSparsifier):
     those of largest sum over the patches i of demand_i max over the kept j of (1 + cos(v_i, v_j)) / 2, greedily, in
     their order, as they were.
 
-    Options: `alpha` and `beta`, as the authors' code for LLaVA has them. `sparse_budgets` is [tokens]; all patches are
-    the dense model. Complexity: N^2 C for the similarities, k N^2 for the choice.
+    Options: `alpha` and `beta`, as the authors' code for LLaVA has them; `block`, see `greedy_coverage`, 1 by default.
+    `sparse_budgets` is [tokens]; all patches are the dense model. Complexity: N^2 C for the similarities, k N^2 for the
+    choice.
 
     Departs from the published code: words and patches are compared in the decoder's embedding space, as in the authors'
     code for Qwen, not by a CLIP text tower, and relevance is the cosine, not its negative, as the reference model's
@@ -87,6 +87,7 @@ class EADP(EncoderSparsifier):
 
     alpha: float = option(0.5, "weight of the whole question beside single words", low=0, high=1)
     beta: float = option(1.0, "exponent of the demand of a patch", low=0)
+    block: int = option(1, "tokens chosen at a time", low=1)
 
     def reduce(self, vision: VisionFeatures) -> VisualTokens:
         projected, question = vision.projected, vision.question
@@ -94,7 +95,7 @@ class EADP(EncoderSparsifier):
         low, high = demand_of.amin(-1, keepdim=True), demand_of.amax(-1, keepdim=True)
         demand = smoothed((demand_of - low + EPSILON) / (high - low + EPSILON), vision.grid) ** self.beta
         similarity = (1 + cosines(projected).clamp(min=-1)) / 2  # type: ignore[arg-type]
-        kept = delegates(similarity, demand, self.tokens).sort(dim=-1).values
+        kept = greedy_coverage(similarity, demand, self.tokens, self.block)[0].sort(dim=-1).values
         return VisualTokens.kept(projected, kept, demand_of)  # type: ignore[arg-type]
 
     def relevance(self, projected: Tensor, question: Any) -> Tensor:

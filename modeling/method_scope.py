@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .pruning_methods import EncoderSparsifier
-from .pruning_ops import cosines
+from .pruning_ops import cosines, greedy_coverage
 from .pruning_registry import register_method
 from .pruning_settings import option
 from .pruning_types import VisionFeatures, VisualTokens
@@ -18,30 +18,22 @@ COMBINED = ("multi", "add")
 
 
 def coverage_tokens(
-    similarity: Tensor, saliency: Tensor, count: int, alpha: float = 1.0, combined: str = "multi"
+    similarity: Tensor, saliency: Tensor, count: int, alpha: float = 1.0, combined: str = "multi", block: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Greedy choice by gain of coverage, weighted by saliency (paper, section 3.3).
 
     Args:
-        similarity: `(rows, N, N)`; saliency: `(rows, N)`, from 0 on.
+        similarity: `(rows, N, N)`; saliency: `(rows, N)`, from 0 on; block: see `greedy_coverage`.
 
     Returns:
         the tokens in the order of choice, and the gain with which each was chosen, both `(rows, count)`.
     """
     weight = saliency**alpha
-    covered = torch.zeros_like(weight)
-    taken = torch.zeros_like(weight, dtype=torch.bool)
-    chosen, gains = [], []
-    for _ in range(count):
-        gain = (similarity - covered[:, None]).clamp_(min=0).sum(-1)
-        gain = gain * weight if combined == "multi" else gain + weight
-        value, token = gain.masked_fill(taken, -torch.inf).max(-1, keepdim=True)
-        chosen.append(token)
-        gains.append(value)
-        taken = taken.scatter(1, token, True)
-        row = similarity.gather(1, token[..., None].expand(-1, -1, similarity.shape[2])).squeeze(1)
-        covered = torch.maximum(covered, row)
-    return torch.cat(chosen, dim=1), torch.cat(gains, dim=1)
+
+    def value(gain: Tensor) -> Tensor:
+        return gain * weight if combined == "multi" else gain + weight
+
+    return greedy_coverage(similarity, torch.ones_like(weight), count, block, value)
 
 
 @register_method
@@ -54,7 +46,8 @@ class Scope(EncoderSparsifier):
 
         argmax over the rest of (sum over i of max(0, S_ji - cov_i)) * a_j^alpha.
 
-    Options: `alpha`, 1 by default; `combined`: "multi" (default, as above) or "add" (the gain plus a_j^alpha).
+    Options: `alpha`, 1 by default; `combined`: "multi" (default, as above) or "add" (the gain plus a_j^alpha); `block`,
+    1 by default, as published: see `greedy_coverage`.
     `sparse_budgets` is [tokens]. No CLS, nothing merged; all patches are the dense model. A smaller budget is a part of
     a larger one. Complexity: N^2 d for the similarities, k N^2 for the choice.
 
@@ -69,6 +62,7 @@ class Scope(EncoderSparsifier):
 
     alpha: float = option(1.0, "exponent of the saliency of a patch", low=0)
     combined: str = option("multi", "how saliency joins the gain of coverage", choices=COMBINED)
+    block: int = option(1, "tokens chosen at a time", low=1)
 
     def flops(self, patches: int, width: int, channels: int) -> float:
         return super().flops(patches, width, channels) + 2.0 * patches**2 * width
@@ -76,5 +70,5 @@ class Scope(EncoderSparsifier):
     def reduce(self, vision: VisionFeatures) -> VisualTokens:
         saliency: Any = vision.saliency
         x, scores = vision.features, saliency.sum(1)
-        order = coverage_tokens(cosines(x), scores, self.tokens, self.alpha, self.combined)[0]
+        order = coverage_tokens(cosines(x), scores, self.tokens, self.alpha, self.combined, self.block)[0]
         return VisualTokens.kept(x, order.sort(dim=-1).values, scores)

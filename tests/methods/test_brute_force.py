@@ -16,7 +16,7 @@ from llava_sparse.modeling.method_grid import bands, grid_cells, grid_patches, n
 from llava_sparse.modeling.method_scope import coverage_tokens
 from llava_sparse.modeling.method_tome import bipartite_matching, merge, merge_schedule
 from llava_sparse.modeling.method_vispruner import VisPruner, distinct_tokens
-from llava_sparse.modeling.pruning_ops import cosines
+from llava_sparse.modeling.pruning_ops import cosines, greedy_coverage
 from llava_sparse.modeling.pruning_types import Question, RaterAttention, VisionFeatures
 
 QUICK = settings(max_examples=50, deadline=None)
@@ -203,6 +203,32 @@ def test_conditional_dpp_ties_and_new_rounds(data, n, dtype):
     for count in range(1, n + 1):
         order, _ = conditional_dpp(batch, count)
         assert order.tolist() == [expected[:count], list(range(count))]
+
+
+@QUICK
+@given(seed=SEEDS, n=st.integers(2, 12), block=st.integers(2, 5), share=st.floats(0, 1))
+def test_several_at_a_time(seed, n, block, share):
+    """Each block is the best of what is left, given the blocks before it; nothing is chosen twice."""
+    random = torch.Generator().manual_seed(seed)
+    similarity = cosines(torch.randn(1, n, 6, generator=random, dtype=torch.float64))
+    demand = torch.rand(1, n, generator=random, dtype=torch.float64)
+    kernel = similarity + torch.eye(n) / 4
+    count = max(1, round(share * n))
+    found = greedy_coverage(similarity, demand, count, block), conditional_dpp(kernel, count, block)
+    for (order, values), coverage in zip(found, (True, False), strict=True):
+        chosen = order[0].tolist()
+        assert len(set(chosen)) == count
+        for start in range(0, count, block):
+            before = chosen[:start]
+            if coverage:
+                covered = similarity[0][before].amax(0).clamp(min=0) if before else torch.zeros(n)
+                value = ((similarity[0] - covered).clamp(min=0) * demand[0]).sum(-1)
+            else:
+                own, among = kernel[0][:, before], kernel[0][before][:, before]
+                value = kernel[0].diagonal() - (own @ torch.linalg.inv(among) * own).sum(-1)
+            value[before] = -torch.inf
+            best = value.sort(descending=True).values[: min(block, count - start)]
+            torch.testing.assert_close(values[0, start : start + block], best, rtol=1e-3, atol=1e-5)
 
 
 @QUICK

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration
 
 import llava_sparse
-from llava_sparse.modeling.method_delegate import constituents, delegates, word_relevance
+from llava_sparse.modeling.method_delegate import constituents, word_relevance
 from llava_sparse.modeling.pruning_inputs import DecoderInputs, weigh
-from llava_sparse.modeling.pruning_ops import cosines
+from llava_sparse.modeling.pruning_ops import cosines, greedy_coverage
 from llava_sparse.modeling.pruning_sequence import PromptLayout
 from llava_sparse.modeling.pruning_types import Question
 
@@ -35,7 +35,7 @@ def test_choice_and_constituents_against_loops(seed, patches, budget, ties):
         x = torch.randint(0, 2, (2, patches, 16), generator=random) * 2.0 - 1
         demand = torch.randint(0, 3, (2, patches), generator=random) / 2
     similarity = cosines(x)
-    order = delegates(similarity, demand, count)
+    order = greedy_coverage(similarity, demand, count)[0]
     sizes = constituents(similarity, order.sort(dim=-1).values)
     for row in range(2):
         s, chosen = similarity[row].double().tolist(), []
