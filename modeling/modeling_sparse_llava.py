@@ -190,8 +190,12 @@ class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, PrunedHeadMixin
         """Arguments as the stock class's, those of `PrunedModelMixin.forward`, and
 
         Args:
-            labels: `(batch, length)` over the tokens as passed, placeholders included.
-            logits_to_keep: counts from the end of what is left; a tensor indexes what is left.
+            labels: `(batch, length)` over the tokens as passed, placeholders included. They do not choose the tokens
+                that predict them: without a `prompt_length`, each prompt ends at the first label behind its last image,
+                that is, with several turns, where the first answer about the image that is to be learnt begins.
+            logits_to_keep: counts tokens as passed, or indexes them; what is left with `as_passed=False`.
+
+        `logits` are as long as `input_ids`, however many tokens were dropped: see `as_passed`.
         """
         inputs = {
             "input_ids": input_ids,

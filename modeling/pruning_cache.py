@@ -99,6 +99,20 @@ class ShortenedPrompt:
         after = None if mask is None else mask[:, self.held :]
         return self.next_position + following_positions(after, past - self.held, new)
 
+    def followed_by(self, valid: Tensor | None, new: int, length: int | None) -> ShortenedPrompt:
+        """With the `new` tokens that came in behind it, as one longer prompt.
+
+        Args:
+            valid: `(batch, new)` bool, false for padding, or None without padding.
+            length: of all as the caller counts; None for what layer 0 holds.
+        """
+        held, following = self.held + new, self.next_position
+        if following is not None:
+            following = following + (new if valid is None else valid.sum(1, keepdim=True))
+        whole = None if valid is None else nn.functional.pad(valid, (self.length, 0), value=True)
+        mask = self.mask_with(whole, held)
+        return replace(self, mask=mask, held=held, length=length or held, next_position=following)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> ShortenedPrompt:
         """The same for other rows: `change` takes what is `(batch, ...)`."""
         own = {name: getattr(self, name) for name in ("mask", "next_position", "bias", "removed")}

@@ -57,9 +57,9 @@ class PrunedGenerationMixin:
         if is_first_iteration and next_sequence_length is not None and cache is not None:
             next_sequence_length -= surplus(cache)
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in ("visual_mask", "prefill_chunk_size"):
+            for name in ("visual_mask", "prefill_chunk_size", "prompt_length"):
                 kwargs.pop(name, None)
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
@@ -68,10 +68,15 @@ class PrunedGenerationMixin:
             **{CACHE: cache},
             **kwargs,
         )
+        if inputs.get("prompt_length") is not None and inputs.get("input_ids") is not None:
+            # Of a conversation that goes on, the part that is held is not passed again.
+            inputs["prompt_length"] = inputs["prompt_length"] - input_ids.shape[1] + inputs["input_ids"].shape[1]
+        return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """The encoder's arguments are known too, such as `question_ids`."""
-        own = {k: v for k, v in model_kwargs.items() if k not in self.model.visual_arguments}
+        """The encoder's arguments are known too, such as `question_ids`, and where prompts end."""
+        known = (*self.model.visual_arguments, "prompt_length")
+        own = {k: v for k, v in model_kwargs.items() if k not in known}
         super()._validate_model_kwargs(own)  # type: ignore[misc]
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
@@ -95,7 +100,10 @@ class PrunedGenerationMixin:
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Chunks are taken of what enters the decoder, not of the caller's columns."""
+        """Chunks are taken of what enters the decoder; without a cache, every step is told where the prompt ends."""
+        if not model_kwargs.get("use_cache", True) and model_kwargs.get("prompt_length") is None:
+            given = model_kwargs.get("inputs_embeds")
+            model_kwargs["prompt_length"] = (input_ids if given is None else given).shape[1]
         if generation_config.prefill_chunk_size is not None:
             model_kwargs = {**model_kwargs, "prefill_chunk_size": generation_config.prefill_chunk_size}
             generation_config = copy.copy(generation_config)

@@ -15,6 +15,8 @@ from .pruning_ops import rows_at
 from .pruning_sequence import PADDING, Compaction, PromptLayout, following_positions, on_device, plan_compaction
 from .pruning_types import Question
 
+IGNORED_LABEL = -100
+
 
 @dataclass(frozen=True)
 class DecoderInputs:
@@ -45,6 +47,40 @@ def newest_mask(attention_mask: Any, length: int) -> Tensor | None:
     if isinstance(attention_mask, dict) or attention_mask.dim() != 2:
         raise ValueError("A pruned model needs an attention_mask of shape (batch, length).")
     return attention_mask[:, attention_mask.shape[1] - length :]
+
+
+def prompt_lengths(labels: Tensor, visual: Tensor) -> Tensor:
+    """Where the prompts of labelled rows end, `(batch,)` int64: at the first label behind the last image.
+
+    Labels in front of it are of earlier turns, which the image's own turn has in its prompt. A row that has none behind
+    it is a prompt as a whole.
+
+    Args:
+        labels: `(batch, length)` int64, -100 for none; visual: `(batch, length)` bool, the image placeholders.
+    """
+    columns = torch.arange(visual.shape[1], device=visual.device)
+    last = torch.where(visual, columns, -1).amax(-1, keepdim=True)
+    answers = (labels.to(visual.device) != IGNORED_LABEL) & (columns > last)
+    # No row predicts the first token.
+    return torch.where(answers, columns, len(columns)).amin(-1).clamp(min=1)
+
+
+def rows_as_passed(columns: Tensor, length: int) -> Tensor:
+    """The row of the decoder's output that stands for each token of the caller's: `(batch, length)` int64.
+
+    It is the row that predicts the token behind: the one in front of the next token that is left, which may be a merged
+    one; behind the last token, the last row. Labels computed outside, shifted by one, then meet the logits that they
+    meet inside.
+
+    Args:
+        columns: `(batch, rows)` int64, the caller's column of each row, see `SparseModelOutput`.
+    """
+    rows = torch.arange(columns.shape[1], device=columns.device).expand(len(columns), -1)
+    behind = torch.where(columns > PADDING, rows, -1).amax(-1, keepdim=True) + 1
+    # Column `length` takes what is no column of the caller's.
+    there = behind.expand(-1, length + 1).scatter(1, torch.where(columns < 0, length, columns), rows)
+    there = torch.cat([there[:, 1:-1], behind], dim=1)
+    return (there.flip(1).cummin(1).values.flip(1) - 1).clamp(min=0)
 
 
 def images_per_prompt(
@@ -123,8 +159,8 @@ def drop_surplus(
     inputs: DecoderInputs, layout: PromptLayout, kept: Sequence[int], written: Sequence[int], cache: Cache | None
 ) -> tuple[DecoderInputs, PromptLayout]:
     """Of the `written` placeholders of every image the first `kept` stay."""
-    embeds = inputs.embeds
-    batch, length, _ = embeds.shape
+    embeds, batch = inputs.embeds, len(inputs.embeds)
+    length = embeds.shape[1]
     if len(set(written)) == 1 and len(set(kept)) == 1:
         stays = (layout.visual.cumsum(1) - 1) % written[0] < kept[0]
         removed = [count // written[0] * (written[0] - kept[0]) for count in layout.visual_counts]
@@ -134,9 +170,7 @@ def drop_surplus(
         removed = (layout.visual & ~stays).sum(-1).tolist()
     keep = ~layout.visual | stays
     plan = plan_compaction(keep, removed, layout.valid, (layout.lengths, [0] * batch))
-    columns = plan.apply(torch.arange(length, device=embeds.device).expand(batch, -1))
-    valid = torch.ones_like(columns, dtype=torch.bool) if plan.valid is None else plan.valid
-
+    columns, valid = plan.columns, plan.there
     held = 0 if cache is None else int(cache.get_seq_length())
     before = held + surplus(cache)
     past = remembered(cache).get(0)
@@ -147,8 +181,6 @@ def drop_surplus(
     else:
         positions = _positions_left(inputs.position_ids.expand(batch, -1), keep, plan, past)
     shortened = ShortenedPrompt(mask, held + columns.shape[1], before + length, "compact", removed=gone)
-    if plan.valid is not None:
-        columns = columns.masked_fill(~plan.valid, PADDING)
     return DecoderInputs(plan.apply(embeds), mask, positions, columns, shortened), layout.moved(plan)
 
 

@@ -109,6 +109,7 @@ class Request:
     visual: dict[str, Any]
     output_selection: bool = False
     prefill_chunk_size: int | None = None
+    prompt_length: int | Tensor | None = None
     layout: PromptLayout | None = None
     images: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
@@ -122,6 +123,10 @@ class Request:
     @property
     def decoder(self) -> Any:
         return None if self.method is None else self.method.decoder
+
+    @property
+    def decoder_prunes(self) -> bool:
+        return self.decoder is not None and self.layout is not None and any(self.layout.visual_counts)
 
 
 class VisualItemsMixin:

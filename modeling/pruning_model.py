@@ -14,25 +14,28 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import build_method
+from .pruning_answer import decode_apart
 from .pruning_cache import CACHE, remember, remembered, the_cache
 from .pruning_inputs import (
+    IGNORED_LABEL,
     DecoderInputs,
     check_unpacked,
     newest_mask,
     place_features,
+    prompt_lengths,
     question_of,
+    rows_as_passed,
     translate,
     weigh,
 )
 from .pruning_items import ImageFeatures, Request, VisualItemsMixin
-from .pruning_ops import autocast_disabled
+from .pruning_ops import autocast_disabled, rows_at
 from .pruning_record import by_prompt, numbers_by_prompt, stage_of_encoder
-from .pruning_sequence import PADDING, PromptLayout
+from .pruning_sequence import PADDING, PromptLayout, of_caller
 from .pruning_settings import Sparsity, as_lists
 from .pruning_stage import DecoderPruning
 from .pruning_types import Question, Selection, VisionFeatures, VisualTokens, concatenated
 
-IGNORED_LABEL = -100
 # transformers 5.24 keeps the whole output of the image encoder, older ones its features.
 NAMES = [f.name for f in fields(LlavaModelOutputWithPast)]
 IMAGES = next(name for name in NAMES if name in ("image_outputs", "image_hidden_states"))
@@ -43,8 +46,9 @@ class SparseModelOutput(LlavaModelOutputWithPast):
     """Adds to the stock output.
 
     Attributes:
-        columns: `(batch, new_length)` int64, the input column of each row of `last_hidden_state`, -1 for merged
-            tokens, -2 for padding; None where nothing was dropped and nothing is padding.
+        columns: with `as_passed=False`, `(batch, new_length)` int64, the input column of each row of
+            `last_hidden_state`, -1 for merged tokens, -2 for padding; None where nothing was dropped and nothing is
+            padding.
         selection: the stages, one `Selection` each, if they were asked for.
     """
 
@@ -54,7 +58,7 @@ class SparseModelOutput(LlavaModelOutputWithPast):
 
 @dataclass
 class SparseCausalLMOutput(LlavaCausalLMOutputWithPast):
-    """Adds to the stock output; see `SparseModelOutput`. `logits` has `new_length` rows."""
+    """Adds to the stock output; see `SparseModelOutput`. `logits` has the rows of `last_hidden_state`."""
 
     columns: Tensor | None = None
     selection: tuple[Selection, ...] | None = None
@@ -96,6 +100,8 @@ class PrunedModelMixin(VisualItemsMixin):
         mm_encoder_outputs: dict[str, Any] | None = None,
         output_selection: bool = False,
         prefill_chunk_size: int | None = None,
+        prompt_length: int | Tensor | None = None,
+        as_passed: bool = True,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> SparseModelOutput:
@@ -108,12 +114,19 @@ class PrunedModelMixin(VisualItemsMixin):
                 place of `pixel_values`.
             output_selection: whether to return the stages.
             prefill_chunk_size: tokens that the decoder takes at a time; None for all. Not with a decoder method.
+            prompt_length: `(batch,)` int64, or one int: how many columns of each row, padding on the left included, are
+                its prompt. What follows, an answer that is scored or learnt, has no part in the choice of tokens: it
+                does not rate, and is no question. It ends behind the last image; None for the whole row.
+            as_passed: whether `last_hidden_state` has a row for each token as passed, as the stock class's does. The
+                row of a token that was dropped is that of what is left in front of it, so that a row always predicts
+                the token behind. With False it has the rows that are left, and `columns` says which.
             position_ids: of the tokens as passed; where placeholders are dropped, each is less by those before it.
             cache, past_key_values: two names of one argument.
 
         Raises:
             ValueError: if placeholders and images do not match, naming the counts that would; for arguments that
-                contradict each other; and for what the method cannot be used with.
+                contradict each other; for a prompt that ends in front of its last image token; and for what the method
+                cannot be used with.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -136,12 +149,15 @@ class PrunedModelMixin(VisualItemsMixin):
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[attr-defined]
         request = Request(
             method, input_ids, embeds, attention_mask, position_ids, cache, visual_mask, encoded, visual,
-            output_selection, prefill_chunk_size,
+            output_selection, prefill_chunk_size, prompt_length,
         )  # fmt: skip
         images = self.select(request, self.encode(request))
         inputs = self.place(request, images)
-        outputs = self.decode(request, images, inputs, kwargs)
-        return self.record(request, images, inputs, outputs)
+        outputs = self.record(request, images, inputs, self.decode(request, images, inputs, kwargs))
+        if as_passed and outputs.columns is not None:
+            rows = rows_as_passed(outputs.columns, embeds.shape[1]).to(outputs.last_hidden_state.device)
+            outputs.last_hidden_state, outputs.columns = rows_at(outputs.last_hidden_state, rows), None
+        return outputs
 
     def stock_features(self, given: Any) -> Any:
         """Features of a dense model in the form that the stock forward takes."""
@@ -246,7 +262,7 @@ class PrunedModelMixin(VisualItemsMixin):
         mask = newest_mask(request.attention_mask, embeds.shape[1])
         if not seen:
             if marked is not None:
-                request.layout = PromptLayout.of(marked, mask)
+                request.layout = PromptLayout.of(marked, mask, request.prompt_length)
                 items = [self.merged_sizes(count) for count in request.layout.visual_counts]
                 request.images = [len(prompt) for prompt in items]
                 request.sizes = [size for prompt in items for size in prompt]
@@ -256,7 +272,7 @@ class PrunedModelMixin(VisualItemsMixin):
         marks = [
             self.placeholders(request.input_ids, embeds, name) if marked is None else marked for name in self.modalities
         ]
-        request.layout = layout = PromptLayout.of(torch.stack(marks).any(0), mask)
+        request.layout = layout = PromptLayout.of(torch.stack(marks).any(0), mask, request.prompt_length)
         which = None
         if marked is None and len(marks) > 1:
             which = by_prompt(torch.stack(marks).int().argmax(0)[layout.visual].tolist(), layout.visual_counts)
@@ -293,7 +309,7 @@ class PrunedModelMixin(VisualItemsMixin):
     ) -> Any:
         """Fourth: runs the decoder, at once or in chunks."""
         layout, method = request.layout, request.decoder
-        if method is not None and layout is not None and any(layout.visual_counts):
+        if method is not None and layout is not None and request.decoder_prunes:
             if request.prefill_chunk_size is not None:
                 raise ValueError(
                     f"prefill_chunk_size: {method.name} prunes a prompt as a whole between layers; None is allowed, or "
@@ -308,6 +324,8 @@ class PrunedModelMixin(VisualItemsMixin):
             pruning = DecoderPruning(
                 method, layout, request.images, numbers, drawn, request.output_selection, self.prompt_budgets(request)
             )
+            if method.trim_cache and any(layout.answer_counts):
+                return decode_apart(self.language_model, pruning, inputs, request.cache, kwargs)
             kwargs = kwargs | {"pruning": pruning}
         length = inputs.embeds.shape[1]
         size = length if request.prefill_chunk_size is None else max(1, request.prefill_chunk_size)
@@ -347,13 +365,16 @@ class PrunedModelMixin(VisualItemsMixin):
         """Fifth: the cache is told what it holds, and the output what became of the caller's columns."""
         cache = getattr(outputs, CACHE)
         if inputs.shortened is not None and cache is not None:
-            remember(cache, 0, inputs.shortened)
+            # A trimmed layer 0 already says what it holds, of what the decoder was given.
+            trimmed = request.decoder_prunes and request.decoder.trim_cache
+            held = replace(remembered(cache)[0], length=inputs.shortened.length) if trimmed else inputs.shortened
+            remember(cache, 0, held)
         stages: tuple[Selection, ...] = getattr(outputs, "selection", None) or ()
         columns = getattr(outputs, "columns", None)
         if inputs.columns is not None:
             # The decoder counts in what it was given.
-            columns = inputs.columns if columns is None else _of_caller(columns, inputs.columns)
-            stages = tuple(replace(stage, raters=_of_caller(stage.raters, inputs.columns)) for stage in stages)  # type: ignore[arg-type]
+            columns = inputs.columns if columns is None else of_caller(columns, inputs.columns)
+            stages = tuple(replace(stage, raters=of_caller(stage.raters, inputs.columns)) for stage in stages)  # type: ignore[arg-type]
         elif columns is None and request.layout is not None and request.layout.valid is not None:
             valid = request.layout.valid
             every = torch.arange(valid.shape[1], device=valid.device)
@@ -372,12 +393,6 @@ class PrunedModelMixin(VisualItemsMixin):
             selection=stages if request.output_selection else None,
             **{CACHE: cache, IMAGES: seen},
         )
-
-
-def _of_caller(columns: Tensor, known: Tensor) -> Tensor:
-    """Columns `(batch, n)` of the decoder's input as the caller's, which are `known`; negative ones stay."""
-    columns = columns.to(known.device)
-    return torch.where(columns < 0, columns, known.gather(1, columns.clamp(min=0)))
 
 
 class PrunedHeadMixin:
@@ -415,29 +430,71 @@ class PrunedHeadMixin:
         self.config.__dict__.update(changed.__dict__)
         self.model.sparsifier = resolved
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Labels say where prompts end, even to a `forward` that another library has put here and that keeps them."""
+        if kwargs.get("labels") is not None and kwargs.get("prompt_length") is None:
+            ids = args[0] if args else kwargs.get("input_ids")
+            given = (kwargs.get(name) for name in ("inputs_embeds", "visual_mask"))
+            kwargs["prompt_length"] = self._prompt_length(kwargs["labels"], ids, *given)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _prompt_length(
+        self, labels: Tensor, ids: Tensor | None, embeds: Tensor | None, visual_mask: Tensor | None
+    ) -> Tensor | None:
+        if self.model.sparsifier is None or (ids is None and embeds is None):
+            return None
+        if visual_mask is None:
+            marks = [self.model.placeholders(ids, embeds, name) for name in self.model.modalities]
+            visual_mask = torch.stack(marks).any(0)
+        return prompt_lengths(labels, visual_mask)
+
     def pruned_forward(
-        self, inputs: dict[str, Any], labels: Tensor | None, logits_to_keep: int | Tensor, **kwargs: Any
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        prompt_length: int | Tensor | None = None,
+        as_passed: bool = True,
+        **kwargs: Any,
     ) -> Any:
-        """The model, its logits and, with `labels` `(batch, length)` over the tokens as passed, the loss."""
-        outputs = self.model(**inputs, **kwargs)
+        """The model, its logits and, with `labels` `(batch, length)` over the tokens as passed, the loss.
+
+        The loss is over all labels, whatever `logits_to_keep` is. Logits `as_passed` take as much memory as the dense
+        model's where `logits_to_keep` is 0; besides them, the loss needs those of the tokens that are left alone.
+        """
+        given = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        if labels is not None and prompt_length is None:
+            prompt_length = self._prompt_length(
+                labels, inputs["input_ids"], inputs["inputs_embeds"], inputs["visual_mask"]
+            )
+        outputs = self.model(**inputs, prompt_length=prompt_length, as_passed=False, **kwargs)
+        hidden, columns = outputs.last_hidden_state, outputs.columns
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        rows = None
+        if as_passed and columns is not None:
+            rows = rows_as_passed(columns, given.shape[1]).to(hidden.device)[:, kept]
+
+        def asked(x: Tensor) -> Tensor:
+            return x[:, kept] if rows is None else rows_at(x, rows)
+
+        few = labels is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
+        every = self.lm_head(asked(hidden) if few else hidden)
         loss = None
         if labels is not None:
-            if outputs.columns is not None:
-                columns = outputs.columns.to(labels.device)
+            if columns is not None:
+                columns = columns.to(labels.device)
                 # A row of padding predicts nothing: the token behind it has no predecessor.
                 follows_padding = nn.functional.pad(columns[:, :-1] == PADDING, (1, 0))
                 labels = labels.gather(1, columns.clamp(min=0))
                 labels = labels.masked_fill((columns < 0) | follows_padding, IGNORED_LABEL)
             vocabulary = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+            loss = self.loss_function(logits=every, labels=labels, vocab_size=vocabulary, **kwargs)
         return SparseCausalLMOutput(
             loss=loss,
-            logits=logits,
+            logits=every if few else asked(every),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            columns=outputs.columns,
+            columns=None if as_passed else outputs.columns,
             selection=outputs.selection,
             **{name: getattr(outputs, name) for name in (CACHE, IMAGES)},
         )

@@ -22,8 +22,9 @@ class PromptLayout:
         visual: `(batch, length)` bool.
         valid: `(batch, length)` bool, false for padding; None without padding.
         visual_counts, text_counts, lengths: per row: visual tokens, text tokens that may rate, tokens without padding.
-        text: `(batch, length)` bool, the text that may rate: after the last visual token, else all text.
+        text: `(batch, length)` bool, the text that may rate: after the last visual token, else all text; of the prompt.
         last: `(batch,)` int64, column of the last visual token, -1 without one.
+        answer: `(batch, length)` bool, the tokens behind the prompt, and answer_counts, how many each row has.
     """
 
     visual: Tensor
@@ -33,24 +34,47 @@ class PromptLayout:
     lengths: list[int]
     text: Tensor
     last: Tensor
+    answer: Tensor
+    answer_counts: list[int]
 
     @classmethod
-    def of(cls, visual: Tensor, attention_mask: Tensor | None) -> PromptLayout:
-        """Reads the layout from masks `(batch, length)`; the one transfer to the host of a prefill."""
+    def of(
+        cls, visual: Tensor, attention_mask: Tensor | None, prompt_length: int | Tensor | None = None
+    ) -> PromptLayout:
+        """Reads the layout from masks `(batch, length)`; the one transfer to the host of a prefill.
+
+        Args:
+            prompt_length: columns of each prompt, `(batch,)` int64 or one number; None where whole rows are prompts.
+
+        Raises:
+            ValueError: for a prompt that ends in front of its last visual token, or is longer than the row.
+        """
         visual = visual.bool()
         valid = torch.ones_like(visual) if attention_mask is None else attention_mask.bool()
         visual = visual & valid
         columns = torch.arange(visual.shape[1], device=visual.device)
         last = torch.where(visual, columns, -1).amax(-1)
-        text = valid & ~visual
+        ends = _ends_of(prompt_length, last, len(columns))
+        text = valid & ~visual & (columns < ends[:, None])
         after = text & (columns > last[:, None])
         text = torch.where(after.any(-1, keepdim=True), after, text)
-        visual_counts, text_counts, lengths = torch.stack([visual.sum(-1), text.sum(-1), valid.sum(-1)]).tolist()
+        answer = valid & (columns >= ends[:, None])
+        refused = (ends <= last) | (ends < 1) | (ends > len(columns))
+        parts = (visual, text, valid, answer, refused[:, None])
+        visual_counts, text_counts, lengths, answer_counts, wrong = torch.stack([x.sum(-1) for x in parts]).tolist()
+        if prompt_length is not None and any(wrong):
+            row = wrong.index(1)
+            raise ValueError(
+                f"prompt_length: prompt {row} is said to have {int(ends[row])} columns. They are those of input_ids as "
+                f"passed, padding on the left included: {max(1, int(last[row]) + 1)}, with which its last image is "
+                f"through, to {len(columns)} are allowed."
+            )
         padded = min(lengths) < visual.shape[1]
-        return cls(visual, valid if padded else None, visual_counts, text_counts, lengths, text, last)
+        valid_mask = valid if padded else None
+        return cls(visual, valid_mask, visual_counts, text_counts, lengths, text, last, answer, answer_counts)
 
-    def moved(self, plan: Compaction) -> PromptLayout:
-        """The layout after a compaction that drops visual tokens and inserts none."""
+    def moved(self, plan: Compaction, answers: bool = False) -> PromptLayout:
+        """The layout after a compaction that drops visual tokens, or else all answers, and inserts none."""
         there = True if plan.valid is None else plan.valid
         visual = plan.apply(self.visual) & there
         columns = torch.arange(visual.shape[1], device=visual.device)
@@ -58,9 +82,22 @@ class PromptLayout:
             [n - less for n, less in zip(values, plan.less, strict=True)]
             for values in (self.visual_counts, self.lengths)
         )
+        counts, answer_counts = (self.visual_counts, [0] * len(counts)) if answers else (counts, self.answer_counts)
         last = torch.where(visual, columns, -1).amax(-1)
-        text = plan.apply(self.text) & there
-        return PromptLayout(visual, plan.valid, counts, self.text_counts, lengths, text, last)
+        text, answer = plan.apply(self.text) & there, plan.apply(self.answer) & there
+        return PromptLayout(visual, plan.valid, counts, self.text_counts, lengths, text, last, answer, answer_counts)
+
+
+def _ends_of(prompt_length: int | Tensor | None, last: Tensor, length: int) -> Tensor:
+    """`(batch,)` int64, the column behind each prompt."""
+    if not torch.is_tensor(prompt_length):
+        return torch.full_like(last, length if prompt_length is None else prompt_length)
+    if prompt_length.shape != last.shape or prompt_length.is_floating_point():
+        raise ValueError(
+            f"prompt_length must be an int or an int64 tensor of shape ({len(last)},), one number for each prompt, got "
+            f"{prompt_length.dtype} of shape {tuple(prompt_length.shape)}."
+        )
+    return prompt_length.to(last.device, last.dtype)
 
 
 @dataclass(frozen=True)
@@ -81,11 +118,27 @@ class Compaction:
     valid: Tensor | None
     less: list[int]
 
+    @property
+    def there(self) -> Tensor:
+        """`(batch, new_length)` bool, false for padding."""
+        return torch.ones_like(self.source, dtype=torch.bool) if self.valid is None else self.valid
+
+    @property
+    def columns(self) -> Tensor:
+        """`source`, with `PADDING` for padding."""
+        return self.source if self.valid is None else self.source.masked_fill(~self.valid, PADDING)
+
     def apply(self, x: Tensor, inserted: Tensor | None = None) -> Tensor:
         """Compacts `(batch, length, ...)`; `inserted` `(batch, c, ...)` is needed if the plan inserts."""
         if inserted is not None:
             x = torch.cat([x, inserted], dim=1)
         return rows_at(x, self.source) if x.dim() == 3 else x.gather(1, self.source)
+
+
+def of_caller(columns: Tensor, known: Tensor) -> Tensor:
+    """Columns `(batch, n)` of a shorter sequence as those of the longer one, which are `known`; negative ones stay."""
+    columns = columns.to(known.device)
+    return torch.where(columns < 0, columns, known.gather(1, columns.clamp(min=0)))
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:

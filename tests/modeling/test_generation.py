@@ -136,14 +136,13 @@ def test_beams_equal_single_runs(model, processor):
 
 def test_beam_scores_match_a_forward_pass(model, case, processor):
     """Beam search must reorder masks and positions along with keys: rescore its result without a cache."""
-    if follows_text(model):
-        pytest.skip("the method prunes by the prompt: a run over prompt and answer prunes otherwise")
     batch = tiny.inputs(processor, tiny.QUESTIONS[:2])
     out = generate(model, batch, num_beams=3, return_dict_in_generate=True, output_scores=True, length_penalty=0.0)
     whole = {
         **batch,
         "input_ids": out.sequences,
         "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, NEW), value=1),
+        "prompt_length": batch["input_ids"].shape[1],
     }
     with torch.no_grad():
         logp = model(**whole).logits.log_softmax(-1)[:, -NEW - 1 : -1]
@@ -184,18 +183,11 @@ def test_return_dict_in_generate(model, processor):
     assert torch.equal(torch.stack(out.logits, 1).argmax(-1), out.sequences[:, -NEW:])
 
 
-def test_cached_equals_uncached(model, processor):
-    if follows_text(model):
-        pytest.skip("without a cache every step prunes anew, and the answer so far counts too")
-    batch = tiny.inputs(processor, tiny.QUESTIONS)
-    assert torch.equal(generate(model, batch), generate(model, batch, use_cache=False))
-
-
-def test_uncached_generation_prunes_at_every_step(model, processor):
-    batch = tiny.inputs(processor, tiny.QUESTIONS)
-    first = new_tokens(model, batch, use_cache=False)
-    assert first[:, 0].tolist() == new_tokens(model, batch)[:, 0].tolist()
-    assert first.shape == (3, NEW)
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_cached_equals_uncached(model, processor, kwargs):
+    """Images, also of a prompt that ends with one, are chosen from by the prompt, whatever has been answered so far."""
+    batch = tiny.inputs(processor, [*tiny.QUESTIONS, *MIXED, "USER: red car <image>"])
+    assert torch.equal(generate(model, batch, **kwargs), generate(model, batch, use_cache=False, **kwargs))
 
 
 def test_cached_steps_equal_generate(model, processor):
