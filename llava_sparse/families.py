@@ -55,7 +55,8 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llava", "Llava", "LLaVA-1.5"),  # What comes next adds a line.
+        Family("llava", "Llava", "LLaVA-1.5"),
+        Family("llava_next", "LlavaNext", "LLaVA-NeXT"),
     )
 }
 

@@ -52,11 +52,12 @@ def build_method(config: Any, settings: Sparsity) -> Sparsifier | None:
         decoder_layers=0 if text is None else text.num_hidden_layers,
         # hidden_states[j] is the output of layer j - 1, and hidden_states[-j] that of layer -j.
         feature_layer=layer - 1 if layer > 0 else layer,
+        tiles=getattr(config, "tiles_per_image", 1),
     )
     method = resolve(settings, geometry)
     if method is not None:
         _check_agreement(method, settings, geometry)
-        _tell_apart(settings.budget, geometry.patches)
+        _tell_apart(settings.budget, geometry.tokens)
     return method
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -43,6 +45,67 @@ class SparseCLIPEncoderLayer(CLIPEncoderLayer):
         if run is not None:
             return run(self, hidden_states)
         return super().forward(hidden_states, attention_mask, **kwargs)
+
+
+def register_weight_names(stock_by_sparse: dict[str, str]) -> None:
+    """Lets transformers rename the weights of published checkpoints for sparse model types and classes; idempotent."""
+    for sparse, stock in stock_by_sparse.items():
+        register_checkpoint_conversion_mapping(sparse, get_checkpoint_conversion_mapping(stock), overwrite=True)
+
+
+register_weight_names({"SparseCLIPVisionModel": "CLIPVisionModel"})
+
+
+def vision_tower(config: Any) -> Any:
+    """The tower of a vision configuration, one that can prune where it is a CLIP."""
+    if config.model_type == "clip_vision_model":
+        return SparseCLIPVisionModel(config)
+    return AutoModel.from_config(config)
+
+
+class ProjectedFeaturesMixin:
+    """What models share whose projector takes the hidden states of one or several layers of a tower."""
+
+    config: Any
+    vision_tower: Any
+    multi_modal_projector: Any
+
+    def refuse_features(self, encoder: Any, given: dict[str, Any]) -> None:
+        """Takes the feature layer and strategy of a call out of what is `given`.
+
+        Raises:
+            ValueError: for those that are not the configuration's, which an encoder method takes.
+        """
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            value = given.pop(name, None)
+            if value is not None and value != getattr(self.config, name):
+                raise ValueError(f"{name}={value!r}: {encoder.name} takes its own features; leave it out.")
+
+    def projected_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """All patches of `(items, 3, height, width)`, projected: `(items, N, channels)`.
+
+        A CLIP tower runs no layer that is not used.
+        """
+        chosen: Any = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        chosen = [chosen] if isinstance(chosen, int) else chosen
+        if isinstance(self.vision_tower, SparseCLIPVisionModel):
+            count = len(self.vision_tower.encoder.layers) + 1
+            depths = [layer % count for layer in chosen]
+            hidden = self.vision_tower(pixel_values, depths=depths, return_dict=True, **kwargs).last_hidden_state
+        else:
+            states = self.vision_tower(
+                pixel_values, output_hidden_states=True, return_dict=True, **kwargs
+            ).hidden_states
+            hidden = torch.cat([states[layer] for layer in chosen], dim=-1)
+        if (vision_feature_select_strategy or self.config.vision_feature_select_strategy) == "default":
+            hidden = hidden[:, 1:]
+        return self.multi_modal_projector(hidden)
 
 
 class SparseCLIPVisionModel(CLIPVisionModel):

@@ -6,14 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, LlavaForConditionalGeneration, LlavaModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers import Cache, LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import SparseLlavaConfig, build_sparsifier
-from .modeling_sparse_clip import SparseCLIPVisionModel
+from .modeling_sparse_clip import ProjectedFeaturesMixin, SparseCLIPVisionModel, register_weight_names, vision_tower
 from .modeling_sparse_text import sparse_decoder
 from .pruning_cache import the_cache
 from .pruning_generation import PrunedGenerationMixin
@@ -21,21 +20,10 @@ from .pruning_items import ImageFeatures
 from .pruning_model import PrunedHeadMixin, PrunedModelMixin, SparseCausalLMOutput
 from .pruning_ops import image_fingerprints
 
-
-def register_weight_names() -> None:
-    """Lets transformers rename the weights of published LLaVA checkpoints for the classes here; idempotent."""
-    for sparse, stock in {
-        "sparse_llava": "llava",
-        "SparseLlavaModel": "LlavaModel",
-        "SparseCLIPVisionModel": "CLIPVisionModel",
-    }.items():
-        register_checkpoint_conversion_mapping(sparse, get_checkpoint_conversion_mapping(stock), overwrite=True)
+register_weight_names({"sparse_llava": "llava", "SparseLlavaModel": "LlavaModel"})
 
 
-register_weight_names()
-
-
-class SparseLlavaModel(PrunedModelMixin, LlavaModel):
+class SparseLlavaModel(PrunedModelMixin, ProjectedFeaturesMixin, LlavaModel):
     """LLaVA without language-model head, pruned.
 
     Modifications: vision tower and decoder are the sparse classes; placeholders that no visual token is left for are
@@ -50,10 +38,7 @@ class SparseLlavaModel(PrunedModelMixin, LlavaModel):
         # Skips LlavaModel.__init__, which would build the stock parts first.
         super(LlavaModel, self).__init__(config)
         self.sparsifier = build_sparsifier(config)
-        if config.vision_config.model_type == "clip_vision_model":
-            self.vision_tower = SparseCLIPVisionModel(config.vision_config)
-        else:
-            self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = vision_tower(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = sparse_decoder(config.text_config)
         self.post_init()
@@ -113,10 +98,7 @@ class SparseLlavaModel(PrunedModelMixin, LlavaModel):
         if encoder is None:
             features = self._all_features(pixel_values, **kwargs)
             return ImageFeatures(pooler_output=features, dense=[len(image) for image in features], **known)
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            value = kwargs.pop(name, None)
-            if value is not None and value != getattr(self.config, name):
-                raise ValueError(f"{name}={value!r}: {encoder.name} takes its own features; leave it out.")
+        self.refuse_features(encoder, kwargs)
         if not isinstance(self.vision_tower, SparseCLIPVisionModel):
             features = BaseModelOutputWithPooling(pooler_output=self._all_features(pixel_values, **kwargs))
             return replace(self.adopt(features, method), **known)
@@ -134,20 +116,12 @@ class SparseLlavaModel(PrunedModelMixin, LlavaModel):
         return ImageFeatures(pooler_output=list(projected), dense=dense, tokens=tokens, **known)
 
     def _all_features(self, pixel_values: Tensor, **kwargs: Any) -> list[Tensor]:
-        """Projected features of all patches of each image; a CLIP tower runs no layer that is not used."""
+        """Projected features of all patches of each image."""
         if not isinstance(self.vision_tower, SparseCLIPVisionModel) or kwargs.get("image_sizes") is not None:
             outputs = super().get_image_features(pixel_values=pixel_values, return_dict=True, **kwargs)
             return list(outputs.pooler_output)
-        chosen, strategy, _ = (
-            kwargs.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
-        )
-        chosen = self.config.vision_feature_layer if chosen is None else chosen
-        count = len(self.vision_tower.encoder.layers) + 1
-        depths = [layer % count for layer in ([chosen] if isinstance(chosen, int) else chosen)]
-        hidden = self.vision_tower(pixel_values, depths=depths, return_dict=True, **kwargs).last_hidden_state
-        if (strategy or self.config.vision_feature_select_strategy) == "default":
-            hidden = hidden[:, 1:]
-        return list(self.multi_modal_projector(hidden))
+        kwargs.pop("image_sizes", None)
+        return list(self.projected_features(pixel_values, **kwargs))
 
 
 class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, PrunedHeadMixin, LlavaForConditionalGeneration):

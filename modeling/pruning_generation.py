@@ -13,7 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .pruning_cache import CACHE, remembered, surplus, the_cache
 from .pruning_inputs import images_per_prompt
-from .pruning_items import ImageFeatures
+from .pruning_items import ImageFeatures, tokens_of
 
 
 class CandidatesAfterPrompt:
@@ -148,10 +148,9 @@ class PrunedGenerationMixin:
             cache = kwargs.get(CACHE)
             new = int(cache.get_seq_length()) + surplus(cache) if cache is not None else 0
             marked = self.model.placeholders(input_ids if embeds is None else None, embeds, name)[:, new:]
-            size = self.model.dense_tokens_per_image
             kept = self.model.kept_tokens(method, images)
             counts = marked.sum(-1).tolist()
-            prompts, _ = images_per_prompt(counts, kept, images.dense or ([size] * len(kept) if method else kept), name)
+            prompts, _ = images_per_prompt(counts, kept, list(map(tokens_of, images.sizes)), name)
             groups, first = [], 0
             for count in prompts:
                 groups += [list(range(first, first + count))] * expand_size

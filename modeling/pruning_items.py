@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,8 @@ class ImageFeatures(BaseModelOutputWithPooling):
             choose, by the question, all patches.
         dense: of each picture, the tokens that the dense model has.
         tokens: what a method has made of each picture; None where it has yet to choose, or chooses in the decoder.
-        vision: what it has yet to choose from, for all pictures at once or for each.
+        vision: what it has yet to choose from, for all pictures at once or for each: one item, or its tiles.
+        grids: of each picture that is cut into tiles, their rows and columns; None where none is.
         fingerprints: `(pictures,)` int64, of a method that draws; question_ids: `(prompts, n)`, see `Question`.
         snapshot: the method that they were encoded for, which goes on with them.
     """
@@ -34,6 +36,7 @@ class ImageFeatures(BaseModelOutputWithPooling):
     dense: list[int] | None = None
     tokens: list[VisualTokens] | None = None
     vision: list[VisionFeatures] | None = None
+    grids: list[tuple[int, int]] | None = None
     fingerprints: Tensor | None = None
     question_ids: Tensor | None = None
     snapshot: tuple[Any, ...] | None = None
@@ -42,6 +45,12 @@ class ImageFeatures(BaseModelOutputWithPooling):
     def features(self) -> list[Tensor]:
         """As `pooler_output`, as a list."""
         return list(self.pooler_output)
+
+    @property
+    def sizes(self) -> list[Any]:
+        """Of each picture what its budget depends on: tokens in the dense model, and the grid of its tiles, if any."""
+        dense = self.dense or [len(image) for image in self.features]
+        return list(dense) if self.grids is None else list(zip(dense, self.grids, strict=True))
 
     def take(self, pictures: Sequence[int], prompts: Sequence[int] | None = None) -> ImageFeatures:
         """Some of the pictures; one may be there more than once.
@@ -60,6 +69,7 @@ class ImageFeatures(BaseModelOutputWithPooling):
             dense=None if self.dense is None else [self.dense[i] for i in pictures],
             tokens=None if self.tokens is None else [self.tokens[i] for i in pictures],
             vision=vision,
+            grids=None if self.grids is None else [self.grids[i] for i in pictures],
             fingerprints=None if self.fingerprints is None else self.fingerprints[index.to(self.fingerprints.device)],
             question_ids=asked if asked is None or prompts is None else asked[list(prompts)],
         )
@@ -80,7 +90,7 @@ class ImageFeatures(BaseModelOutputWithPooling):
         drawn = [part.fingerprints for part in parts if part.fingerprints is not None]
         return replace(
             parts[0],
-            **{name: all_of(name) for name in ("pooler_output", "dense", "tokens", "vision")},
+            **{name: all_of(name) for name in ("pooler_output", "dense", "tokens", "vision", "grids")},
             fingerprints=torch.cat(drawn) if drawn else None,
             question_ids=next((part.question_ids for part in parts if part.question_ids is not None), None),
         )
@@ -93,8 +103,8 @@ class Request:
     Attributes:
         method: the method of this pass, a snapshot; visual: the family's arguments that say what is to be seen.
         layout, images, written, sizes: found by `select`: where visual tokens are, how many images each prompt has, and
-            of each image how many placeholders and how many tokens in the dense model. Of features that the caller
-            has merged there are no `written`.
+            of each image how many placeholders and its size, see `ImageFeatures`. Of features that the caller has
+            merged there are no `written`.
         modalities: of each image, "image" or "video".
     """
 
@@ -113,7 +123,7 @@ class Request:
     layout: PromptLayout | None = None
     images: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    sizes: list[Any] = field(default_factory=list)
     modalities: list[str] = field(default_factory=list)
 
     @property
@@ -141,21 +151,24 @@ class VisualItemsMixin:
     modalities: ClassVar[dict[str, tuple[str, str]]] = {"image": ("pixel_values", "image_token_id")}
 
     @property
-    def dense_tokens_per_image(self) -> int:
-        """Placeholders that a stock processor writes for an image."""
-        raise NotImplementedError
+    def dense_tokens_per_image(self) -> int | None:
+        """Placeholders that a stock processor writes for an image; None where that depends on its size."""
+        return None
 
-    def sizes_of(self, tokens: int) -> dict[str, Any]:
-        """The sizes, as of `Geometry`, of an item of so many tokens in the dense model; none for the usual item."""
-        return {} if tokens == self.dense_tokens_per_image else {"patches": tokens}
+    def sizes_of(self, size: Any) -> dict[str, Any]:
+        """The sizes, as of `Geometry`, of an item of a size as of `ImageFeatures.sizes`; none for the usual item."""
+        return {} if size == self.dense_tokens_per_image else {"patches": size}
 
-    def method_for(self, method: Any, tokens: int) -> Any:
-        """The method for an item that has so many tokens in the dense model: budgets count, and ratios are, of it."""
-        return method.of(**self.sizes_of(tokens))
+    def method_for(self, method: Any, size: Any) -> Any:
+        """The method for an item of a size as of `ImageFeatures.sizes`: budgets count, and ratios are, of it."""
+        return method.of(**self.sizes_of(size))
 
-    def encoders_for(self, method: Any, tokens: int) -> list[Any]:
-        """What reduces such an item: one encoder method, or, inside the tower, one for each frame of a video."""
-        own, frames = self.method_for(method, tokens), self.sizes_of(tokens).get("frames")
+    def encoders_for(self, method: Any, size: Any) -> list[Any]:
+        """What reduces such an item: one encoder method, or one for each tile, or each frame inside the tower."""
+        own, sizes = self.method_for(method, size), self.sizes_of(size)
+        if "tiles" in sizes:
+            return [own.encoder] * (sizes["tiles"] if own.encoder.unit == "tile" else 1)
+        frames = sizes.get("frames")
         if frames is None or own.encoder.place == "projector":
             return [own.encoder]
         return [own.of(frame=frame).encoder for frame in range(frames)]
@@ -168,22 +181,31 @@ class VisualItemsMixin:
             return None
         # All items of a batch go through the same stages: of one that would have others, no more stay than of the rest.
         budgets = {
-            size: x.budgets if x.layers == usual.layers else tuple(min(count, size) for count in usual.budgets)
+            size: x.budgets
+            if x.layers == usual.layers
+            else tuple(min(count, tokens_of(size)) for count in usual.budgets)
             for size, x in own.items()
         }
         prompts = by_prompt([budgets[size] for size in request.sizes], request.images)
         return [tuple(map(sum, zip(*prompt, strict=True))) for prompt in prompts]
 
-    def merged_sizes(self, tokens: int) -> list[int]:
-        """The images of which a prompt has so many features that the caller has merged."""
+    def merged_sizes(self, mask: Tensor, counts: Sequence[int]) -> list[list[int]]:
+        """The tokens of each image of each prompt, whose features the caller has merged.
+
+        Args:
+            mask: `(batch, length)` bool, where they are: each run is an image, where images have no size in common.
+            counts: how many there are in each prompt.
+        """
         size = self.dense_tokens_per_image
-        return [size] * max(1, tokens // size)
+        if size is None:
+            return [[len(list(run)) for there, run in groupby(row) if there] for row in mask.tolist()]
+        return [[size] * max(1, count // size) for count in counts]
 
     def kept_tokens(self, method: Any, images: ImageFeatures) -> list[int]:
         """Tokens of each image that enter the decoder."""
         if not images.vision:
             return [len(image) for image in images.features]
-        return [self.method_for(method, len(image)).encoder.tokens for image in images.features]
+        return [sum(encoder.tokens for encoder in self.encoders_for(method, size)) for size in images.sizes]
 
     def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor, modality: str = "image") -> Tensor:
         """`(batch, length)` bool: where the placeholders of images, or of videos, are."""
@@ -211,7 +233,7 @@ class VisualItemsMixin:
         for index, name in enumerate(names):
             images = seen.get(name)
             kept = [] if images is None else self.kept_tokens(request.method, images)
-            dense = (None if images is None else images.dense) or [self.dense_tokens_per_image] * len(kept)
+            dense = [] if images is None else list(map(tokens_of, images.sizes))
             counts = layout.visual_counts if which is None else [list(x).count(index) for x in which]
             prompts, written[name] = images_per_prompt(counts, kept, dense, name)
         joined = ImageFeatures.joined([seen[name] for name in names if name in seen])
@@ -225,8 +247,13 @@ class VisualItemsMixin:
             request.images = [len(prompt) for prompt in places]
             request.written = [written[names[modality]][item] for modality, item in order]
             request.modalities = [names[modality] for modality, _ in order]
-        request.sizes = joined.dense or [self.dense_tokens_per_image] * len(joined.features)
+        request.sizes = joined.sizes
         return joined
+
+
+def tokens_of(size: Any) -> int:
+    """The tokens in the dense model of an item of a size as of `ImageFeatures.sizes`."""
+    return size if isinstance(size, int) else int(size[0])
 
 
 def _in_prompts(which: Sequence[Sequence[int]], written: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:

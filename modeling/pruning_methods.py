@@ -365,14 +365,16 @@ class Composition(Sparsifier):
 
 
 def for_part(cls: Any, geometry: Geometry, settings: Sparsity) -> tuple[Geometry, Sparsity]:
-    """What a method is resolved with: inside the tower for one frame of a video alone, by its share of the budget.
+    """What a method is resolved with: for one tile, or in the tower for one frame, alone, by its share of the budget.
 
     Raises:
-        ValueError: for a budget that leaves nothing of a frame.
+        ValueError: for a budget that leaves nothing of a tile or a frame.
     """
     frames = geometry.frames
+    if geometry.tiles > 1 and cls.unit == "tile":
+        return _for_tile(cls, geometry, settings)
     if frames is None or cls.place not in ("tower", "layers"):
-        return replace(geometry, patches=geometry.tokens, frames=None), settings
+        return replace(geometry, patches=geometry.tokens, frames=None, tiles=1, packed=None), settings
     alone, budget = replace(geometry, frames=None, frame=0), check_budget(settings.budget, geometry.tokens)
     if budget is None:
         return alone, settings
@@ -389,8 +391,24 @@ def for_part(cls: Any, geometry: Geometry, settings: Sparsity) -> tuple[Geometry
     return alone, replace(settings, budget=min(share, geometry.patches))
 
 
+def _for_tile(cls: Any, geometry: Geometry, settings: Sparsity) -> tuple[Geometry, Sparsity]:
+    alone, tiles = replace(geometry, tiles=1, packed=None), geometry.tiles
+    budget = check_budget(settings.budget, geometry.tokens)
+    if budget is None:
+        return alone, settings
+    if isinstance(settings.budget, int) and budget < tiles:
+        raise ValueError(
+            f"`sparse_budget`={budget!r}: {cls.name} chooses tile by tile, and leaves one token of each at least: of a "
+            f"picture of {tiles} tiles, an int in [{tiles}, {geometry.tokens}], or a ratio, is allowed."
+        )
+    return alone, replace(settings, budget=min(max(1, budget // tiles), alone.patches))
+
+
 def entering_of(cls: Any, geometry: Geometry, settings: Sparsity) -> int | None:
-    """As `Sparsifier.entering`, of an item that may be a video."""
+    """As `Sparsifier.entering`, of an item that may be a video, or cut into tiles."""
+    if geometry.tiles > 1 and cls.unit == "tile":
+        alone, own = _for_tile(cls, geometry, settings)
+        return int(geometry.tiles * cls.entering(alone.patches, own))
     if geometry.frames is None or cls.place not in ("tower", "layers"):
         tokens: int | None = cls.entering(geometry.tokens, settings)
         return tokens
@@ -424,7 +442,7 @@ def compose(classes: Sequence[Any], geometry: Geometry, settings: Sparsity) -> C
             f"does not; sparse_options={{{first.name!r}: {{'proportional': False}}}} is allowed."
         )
     tokens = entering_of(classes[0], geometry, own) or geometry.tokens
-    handed = replace(geometry, patches=tokens, frames=None)
+    handed = replace(geometry, patches=tokens, frames=None, tiles=1, packed=None)
     second = classes[1].resolve(handed, others)
     # A method that finds its budgets at run time has None, which it also takes when the settings are read again.
     return Composition((first.layers, second.layers), (first.budgets, second.budgets or None), first, second)  # type: ignore[arg-type]

@@ -201,7 +201,8 @@ class PrunedModelMixin(VisualItemsMixin):
             raise ValueError(f"visual_mask: {encoder.name} prunes in the encoder; pass pixel_values instead.")
         mask = request.visual_mask.bool()
         merged = request.embeds[mask.to(request.embeds.device)]
-        sizes = [size for count in mask.sum(-1).tolist() if count for size in self.merged_sizes(count)]
+        counts = mask.sum(-1).tolist()
+        sizes = [n for count, own in zip(counts, self.merged_sizes(mask, counts), strict=True) if count for n in own]
         if len(merged) != sum(sizes):
             size = self.dense_tokens_per_image
             raise ValueError(f"visual_mask marks {len(merged)} image features; a multiple of {size} is allowed.")
@@ -221,12 +222,14 @@ class PrunedModelMixin(VisualItemsMixin):
         dense = [len(image) for image in features]
         if encoder is None:
             return ImageFeatures(pooler_output=features, dense=dense)
-        if encoder.place == "projector":
+        tile_by_tile = encoder.unit == "tile" and self.dense_tokens_per_image is None
+        if encoder.place == "projector" and not tile_by_tile:
             vision = [VisionFeatures(x[None], self.grid_of(len(x)), projected=x[None]) for x in features]
             return self.reduced(method, ImageFeatures(pooler_output=features, dense=dense, vision=vision))
+        where = "chooses tile by tile" if encoder.place == "projector" else "works in the vision tower"
         raise ValueError(
-            f"mm_encoder_outputs: {encoder.name} works in the vision tower, and these are features of all patches "
-            "behind it: pass pixel_values, or what this model's get_image_features gives for them."
+            f"mm_encoder_outputs: {encoder.name} {where}, and these are features of all patches behind it: pass "
+            "pixel_values, or what this model's get_image_features gives for them."
         )
 
     def grid_of(self, patches: int) -> tuple[int, int]:
@@ -242,19 +245,27 @@ class PrunedModelMixin(VisualItemsMixin):
         vision, groups = images.vision, [list(range(len(images.features)))]
         if len(vision) == len(images.features):
             same: dict[Any, list[int]] = {}
-            for item, x in enumerate(vision):
-                same.setdefault((len(images.features[item]), x.grid), []).append(item)
+            for item, (x, size) in enumerate(zip(vision, images.sizes, strict=True)):
+                same.setdefault((size, x.grid), []).append(item)
             groups = list(same.values())
             vision = [concatenated([vision[item] for item in group]) for group in groups]
         tokens: dict[int, VisualTokens] = {}
         for group, x in zip(groups, vision, strict=True):
-            encoder = self.method_for(method, len(images.features[group[0]])).encoder
-            asked = None if question is None else question.rows(torch.tensor(group)).to(x.features.device)
+            encoder = self.method_for(method, images.sizes[group[0]]).encoder
+            tiles = len(x.features) // len(group)
+            rows = torch.tensor(group).repeat_interleave(tiles)
+            asked = None if question is None else question.rows(rows).to(x.features.device)
             with autocast_disabled(x.features):
-                tokens |= zip(group, encoder.reduce(replace(x, question=asked)).split(), strict=True)
+                parts = encoder.reduce(replace(x, question=asked)).split([tiles] * len(group))
+            for item, part in zip(group, parts, strict=True):
+                tokens[item] = part if images.grids is None else self.pack(part, images.grids[item])
         chosen: Any = replace(images, tokens=[tokens[item] for item in sorted(tokens)], vision=None)
         chosen.pooler_output = [x.features[0] for x in chosen.tokens]
         return chosen
+
+    def pack(self, tiles: VisualTokens, grid: tuple[int, int]) -> VisualTokens:
+        """The tokens of a picture's tiles, an item each, as one; the first is the whole picture, the others a grid."""
+        raise NotImplementedError
 
     def select(self, request: Request, seen: dict[str, ImageFeatures]) -> ImageFeatures | None:
         """Second: finds where the images are in the prompts; a method that looks at the question chooses now."""
@@ -263,7 +274,7 @@ class PrunedModelMixin(VisualItemsMixin):
         if not seen:
             if marked is not None:
                 request.layout = PromptLayout.of(marked, mask, request.prompt_length)
-                items = [self.merged_sizes(count) for count in request.layout.visual_counts]
+                items = self.merged_sizes(request.layout.visual, request.layout.visual_counts)
                 request.images = [len(prompt) for prompt in items]
                 request.sizes = [size for prompt in items for size in prompt]
             return None

@@ -110,13 +110,13 @@ def resolve(settings: Sparsity, geometry: Geometry) -> Sparsifier | None:
     return method
 
 
-def entering(settings: Sparsity, patches: int, frames: int | None = None) -> int | None:
+def entering(settings: Sparsity, patches: int, **sizes: Any) -> int | None:
     """Tokens of an image of so many patches that enter the decoder; None for all, as in the dense model.
 
     What a model would refuse is refused here too, as far as it does not depend on the number of layers.
 
     Args:
-        frames: of a video, each of so many patches; None for an image.
+        sizes: further ones of `Geometry`: of a picture in tiles, or a video, `patches` is of a tile, or a frame.
 
     Raises:
         ValueError: as `resolve`.
@@ -125,7 +125,8 @@ def entering(settings: Sparsity, patches: int, frames: int | None = None) -> int
     if settings.method is None:
         return None
     classes = method_classes(settings.method)
-    geometry = Geometry(patches, DEEPEST, frames=frames)
+    geometry = Geometry(patches, DEEPEST, **sizes)
+    settings = settings if geometry.packed is None else settings.at_most(geometry.packed)
     if len(classes) == 1:
         if settings.layers is not None:
             check_counts("sparse_layers", settings.layers, -DEEPEST, DEEPEST)
@@ -137,7 +138,7 @@ def entering(settings: Sparsity, patches: int, frames: int | None = None) -> int
         if second.budget is not None or second.budgets is not None:
             classes[1].entering(geometry.tokens if tokens is None else tokens, second)
     if tokens is not None and settings.budget is not None and settings.budgets is not None:
-        meant = entering(replace(settings, budgets=None), patches, frames)
+        meant = entering(replace(settings, budgets=None), patches, **sizes)
         if meant != tokens:
             raise ValueError(
                 f"`sparse_budget`={shown(settings.budget)} contradicts the given `sparse_budgets`="

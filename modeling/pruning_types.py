@@ -19,6 +19,8 @@ class Geometry:
         feature_layer: the encoder layer whose output the model uses, -1 for the last.
         frames: of an item that is a video; of each, CLS enters the decoder beside its patches. None for a picture.
         frame: which of them a method inside the tower is asked about.
+        tiles: that a picture is cut into, each of so many patches.
+        packed: tokens of the picture in the decoder of the dense model, where they are not its patches: newlines too.
     """
 
     patches: int
@@ -27,11 +29,15 @@ class Geometry:
     feature_layer: int = -2
     frames: int | None = None
     frame: int = 0
+    tiles: int = 1
+    packed: int | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens of the item that enter the decoder of the dense model."""
-        return self.patches if self.frames is None else self.frames * (self.patches + 1)
+        if self.packed is not None:
+            return self.packed
+        return self.patches * self.tiles if self.frames is None else self.frames * (self.patches + 1)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,12 @@ class _Rows:
 
     def to(self, device: torch.device, **kwargs: Any) -> Any:
         return self.map(lambda x: x.to(device, **kwargs))
+
+    def split(self, sizes: Sequence[int] | None = None) -> list[Any]:
+        """An entry for each item, or for so many at a time."""
+        sizes = [1] * len(self.features) if sizes is None else sizes  # type: ignore[attr-defined]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [self.map(lambda x, i=i, n=n: x[i : i + n]) for i, n in zip(starts, sizes, strict=True)]  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -199,10 +211,6 @@ class VisualTokens(_Rows):
         # It always stays, so that no score is above its own.
         scores = torch.cat([self.scores.amax(1, keepdim=True), self.scores], dim=1)
         return VisualTokens(features, index + 1, scores, merged, sizes)
-
-    def split(self) -> list[VisualTokens]:
-        """An entry for each item."""
-        return [self.map(lambda x, i=i: x[i : i + 1]) for i in range(len(self.features))]  # type: ignore[misc]
 
     def selection(self, layer: int) -> Selection:
         """The stage, numbered as of one item."""

@@ -7,12 +7,13 @@ from llava_sparse.modeling.pruning_settings import Sparsity
 
 from . import processing_sparse_llava as _own
 from .processing_sparse_llava import SparseLlavaProcessor, question_ids
+from .processing_sparse_llava_next import SparseLlavaNextProcessor
 
-__all__ = ["SparseLlavaProcessor", "question_ids"]
+__all__ = ["SparseLlavaNextProcessor", "SparseLlavaProcessor", "question_ids"]
 
 
-def _count(settings: dict[str, Any], patches: int) -> int | None:
-    return entering(Sparsity.read(settings), patches)
+def _count(settings: dict[str, Any], patches: int, **sizes: int) -> int | None:
+    return entering(Sparsity.read(settings), patches, **sizes)
 
 
 _own.count_tokens = _count

@@ -12,29 +12,32 @@ from transformers import AutoTokenizer, LlavaProcessor
 JOIN = "+"
 FIELDS = ("sparse_method", "sparse_budget", "sparse_layers", "sparse_budgets", "sparse_options")
 
-# Of settings as `sparse_*` fields and the patches of an image, the tokens that enter the decoder, None for all of them.
+# Of settings as `sparse_*` fields and the patches of an image (of a tile, with further sizes by name), the tokens that
+# enter the decoder, None for all of them.
 # The package puts its own here, which checks the settings as a model does. These files import none of the model's, so
 # that a processor can be pushed alone: without the package it writes as many tokens as it was saved with.
-count_tokens: Callable[[dict[str, Any], int], int | None] | None = None
+count_tokens: Callable[..., int | None] | None = None
 
 
-class SparseLlavaProcessor(LlavaProcessor):
-    """`LlavaProcessor` for a pruned model.
+class SparseProcessorMixin:
+    """Modifications of a stock processor for a pruned model.
 
-    Modifications: with an encoder method, `<image>` becomes as many placeholders as tokens of an image enter the
-    decoder; with a decoder method, or none, as many as in the dense model. With `sparse_options={"clip": ...}`
-    (CDPruner) it also returns `question_ids`, the question in that CLIP model's vocabulary.
+    With an encoder method, `<image>` becomes as many placeholders as tokens of an image enter the decoder; with a
+    decoder method, or none, as many as in the dense model. With `sparse_options={"clip": ...}` (CDPruner) it also
+    returns `question_ids`, the question in that CLIP model's vocabulary.
 
     Args:
         image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
-            num_additional_image_tokens: as of `LlavaProcessor`.
+            num_additional_image_tokens: as of the stock processor.
         sparse_method, sparse_budget, sparse_layers, sparse_budgets, sparse_options: as in the model's configuration.
-        sparse_tokens: what the settings come to for an image of the image processor's size; saved, and for processors
-            that are loaded without the package.
+        sparse_tokens: what the settings come to for an image, where all have as many; saved, and for processors that
+            are loaded without the package.
 
     Raises:
         ValueError: for all that a model's configuration refuses, as far as it does not depend on its layers.
     """
+
+    image_token: str
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class SparseLlavaProcessor(LlavaProcessor):
         self.sparse_method, self.sparse_budget, self.sparse_layers = sparse_method, sparse_budget, sparse_layers
         self.sparse_budgets, self.sparse_options = sparse_budgets, sparse_options
         self.sparse_tokens = sparse_tokens
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]
             image_processor,
             tokenizer,
             patch_size,
@@ -68,9 +71,18 @@ class SparseLlavaProcessor(LlavaProcessor):
             num_additional_image_tokens,
             **kwargs,
         )
-        size = getattr(image_processor, "crop_size", None)
-        if count_tokens is not None and patch_size and size:
-            self.sparse_tokens = self._tokens(size["height"], size["width"])
+        if count_tokens is not None and patch_size and getattr(image_processor, "crop_size", None):
+            self.check_settings()
+
+    def check_settings(self) -> None:
+        """Raises ValueError for settings that a model would refuse."""
+        raise NotImplementedError
+
+    def entering(self, patches: int, **sizes: int) -> int | None:
+        """Tokens of an image of so many patches that enter the decoder, None for all; as saved, without the package."""
+        if count_tokens is None:
+            return self.sparse_tokens
+        return count_tokens({name: getattr(self, name) for name in FIELDS}, patches, **sizes)
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -92,16 +104,16 @@ class SparseLlavaProcessor(LlavaProcessor):
                 f"the processor's sparse_options name a model to be loaded, clip={clip!r}; it is loaded only if you "
                 f"name it: from_pretrained(..., sparse_options={saved['sparse_options']!r})."
             )
-        return super().from_args_and_dict(args, saved, **kwargs)
+        return super().from_args_and_dict(args, saved, **kwargs)  # type: ignore[misc]
 
     def __call__(self, images: Any = None, text: Any = None, question: Any = None, **kwargs: Any) -> Any:
-        """Arguments as of `LlavaProcessor`, and
+        """Arguments as of the stock processor, and
 
         Args:
             question: the question of each prompt, for CLIP; by default what stands behind the last image, without the
                 last line's "ASSISTANT:".
         """
-        outputs = super().__call__(images, text, **kwargs)
+        outputs = super().__call__(images, text, **kwargs)  # type: ignore[misc]
         clip = _clip(self.sparse_method, self.sparse_options)
         if clip is not None and images is not None:
             asked = [text] if isinstance(text, str) else list(text)
@@ -109,6 +121,14 @@ class SparseLlavaProcessor(LlavaProcessor):
                 asked = [question] if isinstance(question, str) else list(question)
             outputs["question_ids"] = question_ids(clip, [_question(one, self.image_token) for one in asked])
         return outputs
+
+
+class SparseLlavaProcessor(SparseProcessorMixin, LlavaProcessor):
+    """`LlavaProcessor` for a pruned model; see `SparseProcessorMixin`."""
+
+    def check_settings(self) -> None:
+        size = self.image_processor.crop_size
+        self.sparse_tokens = self._tokens(size["height"], size["width"])
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         dense = super().replace_image_token(image_inputs, image_idx, **kwargs)
@@ -125,10 +145,7 @@ class SparseLlavaProcessor(LlavaProcessor):
 
     def _tokens(self, height: int, width: int) -> int | None:
         """Placeholders of an image of so many pixels; None for those of the dense model."""
-        if count_tokens is not None:
-            patches = (height // self.patch_size) * (width // self.patch_size)
-            return count_tokens({name: getattr(self, name) for name in FIELDS}, patches)
-        return self.sparse_tokens
+        return self.entering((height // self.patch_size) * (width // self.patch_size))
 
 
 def question_ids(clip: str, questions: Sequence[str]) -> torch.Tensor:

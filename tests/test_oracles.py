@@ -27,6 +27,7 @@ from oracle_files import (
     timm_tower,
     tiny_vision,
 )
+from oracle_next import STEPS, NextCase
 from safetensors.torch import load_file
 from torch.nn.functional import layer_norm, linear, normalize
 from transformers import LlamaConfig
@@ -58,7 +59,7 @@ SCORED = {
     "divprune": ["select_*.safetensors", "e2e_*.safetensors"],
     "scope": ["select_*.safetensors"],
     "cdpruner": ["select_*.safetensors", "tower_*.safetensors"],
-    "llava_next": ["case_vispruner_*.safetensors"],
+    "llava_next": ["case_*.safetensors"],
 }
 
 
@@ -624,30 +625,35 @@ def test_cdpruner_clip(path, tmp_path):
     assert_close(reduced.scores, expected, "relevance")
 
 
-# --- VisPruner ---------------------------------------------------------------------------------------------------
+# --- LLaVA-NeXT --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", cases("llava_next", "case_vispruner_*.safetensors"))
+@pytest.mark.parametrize("path", cases("llava_next", "case_*.safetensors"))
 @torch.no_grad()
-def test_vispruner(path):
-    """The tiles of LLaVA-NeXT are ordinary images; the published code ran in float64."""
-    info, want = metadata(path), load_file(path)
-    vision = json.loads((path.parent / "config.json").read_text())["vision_config"]
-    config = SparseCLIPVisionConfig(
-        **vision,
-        sparse_method="vispruner",
-        sparse_budget=int(info["visual_token_num"]),
-        sparse_options={"important": float(info["important_ratio"])},
-    )
-    tower = SparseCLIPVisionModel._from_config(config, dtype=torch.float64).eval()
-    prefix = "vision_tower.vision_model."
-    weights = load_file(path.parent / "weights.safetensors")
-    tower.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    given = load_file(near(path, info["input"]))
-    for image in sorted(name.partition(".")[0] for name in want if name.endswith(".kept_mask")):
-        tiles = (given[f"{image}.pixel_u8"].double() - 127.5) / 64
-        (stage,) = tower(tiles, output_selection=True).selection
-        kept = torch.zeros_like(want[f"{image}.kept_mask"]).scatter(1, stage.kept, True)
-        assert torch.equal(kept, want[f"{image}.kept_mask"]), image
-        alone = tower(tiles[1:2], output_selection=True).selection[0]
-        assert torch.equal(alone.kept, stage.kept[1:2])
+def test_llava_next(path):
+    """From pixels to generated tokens, with the placeholders of a stock processor and with ours."""
+    case = NextCase.read(path)
+    for i in case.pictures:
+        stock, short = (case.prompts([i], written) for written in (case.dense, case.kept))
+        pictures = case.model.get_image_features(stock.pop("pixel_values"), stock["image_sizes"], return_dict=True)
+        out = case.model(**stock, mm_encoder_outputs={"image": pictures}, output_selection=True)
+        kept = case.numbers(i)
+        assert [stage.kept[0].tolist() for stage in out.selection] == ([] if kept is None else [kept.tolist()])
+        assert_close(pictures.pooler_output[0], case.want[f"i{i}.features"], f"i{i}.features")
+        assert [x.keys.shape[-2] for x in out.past_key_values.layers] == case.want[f"i{i}.kv_len"].tolist()
+        if not case.known(i):
+            continue
+        said = case.generate(short)
+        for logits in (out.logits[0, -1], said.logits[0][0]):
+            assert_close(logits, case.want[f"i{i}.logits_last"], f"i{i}.logits_last")
+        assert said.sequences[0, -STEPS:].tolist() == case.want[f"i{i}.greedy_tokens"].tolist()
+        assert_close(said.logits[-1][0], case.want[f"i{i}.decode_logits_last"], f"i{i}.decode_logits_last")
+    if "batch_logits_last" not in case.want:
+        return
+    said = case.generate(case.prompts(case.pictures, case.dense))
+    assert_close(said.logits[0], case.want["batch_logits_last"], "batch_logits_last")
+    for i in case.pictures:
+        assert said.sequences[i, -STEPS:].tolist() == case.want[f"i{i}.greedy_tokens"].tolist()
+    short = case.prompts(case.pictures, case.kept)
+    assert torch.equal(short["attention_mask"].bool(), case.want["batch_mask"].bool())
+    assert_close(case.model(**short).logits[:, -1], case.want["batch_logits_last"], "batch_logits_last")

@@ -1,0 +1,33 @@
+"""Configuration of LLaVA-NeXT with the five `sparse_*` fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlavaNextConfig
+
+from .configuration_sparse_llava import SparseFieldsMixin
+
+
+class SparseLlavaNextConfig(SparseFieldsMixin, LlavaNextConfig):
+    """`LlavaNextConfig` with the `sparse_*` fields.
+
+    `sparse_budget` is of a picture over all its tiles: an integer at most all of its tokens, a ratio one of those that
+    it has in the dense model. A method that chooses tile by tile gets an equal share for each tile, rounded down;
+    `sparse_budgets` of such a method are of a tile. What they are checked against, and expanded to, is the largest
+    picture that `image_grid_pinpoints` allow.
+    """
+
+    model_type = "sparse_llava_next"
+
+    sparse_method: str | None = None
+    sparse_budget: Any = None
+    sparse_layers: Any = None
+    sparse_budgets: Any = None
+    sparse_options: Any = None
+
+    @property
+    def tiles_per_image(self) -> int:
+        """Tiles of the largest picture, with the one that is all of it."""
+        side = self.vision_config.image_size
+        return 1 + max((height // side) * (width // side) for height, width in self.image_grid_pinpoints)
