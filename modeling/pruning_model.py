@@ -328,7 +328,7 @@ class PrunedModelMixin(VisualItemsMixin):
                 )
             numbers, drawn = None, None if images is None else images.fingerprints
             if images is not None and images.tokens and request.encoder is not None:
-                made = [sum(e.new_tokens for e in self.encoders_for(request.method, n)) for n in request.sizes]
+                made = [[e.new_tokens for e in self.encoders_for(request.method, n)] for n in request.sizes]
                 numbers = numbers_by_prompt(images.tokens, request.images, made)
             if drawn is not None:
                 drawn = torch.stack([part.sum() for part in drawn.split(request.images)])

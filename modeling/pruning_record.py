@@ -52,21 +52,23 @@ def tokens_by_prompt(tokens: Sequence[VisualTokens], images: Sequence[int]) -> l
 
 
 def numbers_by_prompt(
-    tokens: Sequence[VisualTokens], images: Sequence[int], new_tokens: Sequence[int]
+    tokens: Sequence[VisualTokens], images: Sequence[int], new_tokens: Sequence[Sequence[int]]
 ) -> tuple[Tensor, list[int]]:
     """The visual tokens of each prompt as `Selection` numbers them, and the number that follows.
 
-    Tokens that stand for no patch come behind the `new_tokens` that each image may have at most.
+    Tokens that stand for no patch come behind the `new_tokens` that each part of each image, a tile, say, may have at
+    most; a part has one of them at most.
 
     Returns:
         `(batch, most)` int64, 0 where a prompt has fewer, and a number for each prompt.
     """
     rows, following = [], []
     for prompt, made in zip(tokens_by_prompt(tokens, images), by_prompt(new_tokens, images), strict=True):
-        index, behind = prompt.patch_index[0], prompt.patches + sum(made)
+        parts = [count for image in made for count in image]
+        index, behind = prompt.patch_index[0], prompt.patches + sum(parts)
         none = index < 0
         rows.append(torch.where(none, behind + none.cumsum(0) - 1, index))
-        following.append(behind + len(made))
+        following.append(behind + len(parts))
     return pad_sequence(rows, batch_first=True), following
 
 

@@ -149,11 +149,15 @@ def inputs(processor, texts: list[str] | str, seed: int = 0, **kwargs) -> dict[s
 
 def save_checkpoint(folder: Path, backbone: str = "llama") -> Path:
     """Writes a stock checkpoint under the key names that LLaVA checkpoints on the Hub have."""
-    model = dense_model(backbone)
-    model.config.architectures = ["LlavaForConditionalGeneration"]
+    return save_under_old_names(dense_model(backbone), processor(), folder)
+
+
+def save_under_old_names(model, processor, folder: Path) -> Path:
+    """Writes a stock model of the LLaVA kind, under the key names of before transformers 5, and its processor."""
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    processor().save_pretrained(folder)
+    processor.save_pretrained(folder)
     renamed = {}
     for key, value in model.state_dict().items():
         key = re.sub(r"^model\.language_model\.", "language_model.model.", key)

@@ -1,0 +1,229 @@
+"""What every family of models has to do, crossed over methods (`tests/family_cases.py` holds the table)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from family_cases import FAMILIES, Family
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import llava_sparse
+from llava_sparse.families import FAMILIES as KNOWN
+from llava_sparse.modeling.pruning_registry import METHODS, method_classes
+
+NEW = 4
+LOGITS = dict(rtol=0, atol=2e-4)
+CELLS = [pytest.param(family, method, id=f"{family}-{method}") for family in FAMILIES for method in family.methods]
+FEW = [cell for cell in CELLS if cell.values[1] in ("visionzip", "cdpruner", "divprune", "delegate", "sparsevlm")]
+crossed = pytest.mark.parametrize(("family", "method"), CELLS)
+sampled = pytest.mark.parametrize(("family", "method"), FEW)
+each = pytest.mark.parametrize("family", FAMILIES, ids=str)
+
+
+@lru_cache(maxsize=1)
+def pruned(family: Family, method: str):
+    """A model for tests that leave it as it is."""
+    return llava_sparse.sparsify(family.make(), method, family.budget)
+
+
+def settings(family: Family, method: str) -> dict:
+    return {"sparse_method": method, "sparse_budget": family.budget}
+
+
+def batch_of(family: Family, texts=None, seed: int = 0, **sparse) -> dict:
+    return family.inputs(family.processor(**sparse), family.texts if texts is None else texts, seed)
+
+
+def singles(family: Family, **sparse) -> list[dict]:
+    """The prompts of `batch_of`, each alone, with the pictures that it has there."""
+    found, seed = [], 0
+    for text in family.texts:
+        found.append(batch_of(family, [text], seed, **sparse))
+        seed += text.count("<image>") + text.count("<video>")
+    return found
+
+
+def tokens(model, batch, **kwargs) -> torch.Tensor:
+    kwargs = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **kwargs}
+    kwargs["suppress_tokens"] = [getattr(model.config, n) for n in vars(model.config) if n.endswith("_token_index")]
+    return model.generate(**batch, **kwargs)[:, batch["input_ids"].shape[1] :]
+
+
+@torch.no_grad()
+def last(model, batch) -> torch.Tensor:
+    return model(**batch).logits[:, -1]
+
+
+# --- Batches -----------------------------------------------------------------------------------------------------
+
+
+@crossed
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_batch_equals_its_prompts_alone(family, method, attention):
+    """Of different lengths, with two pictures, one and none, padded on the left."""
+    model = pruned(family, method)
+    model.set_attn_implementation(attention)
+    batch = batch_of(family)
+    assert (batch["attention_mask"] == 0).any()
+    logits, said = last(model, batch), tokens(model, batch)
+    for row, single in enumerate(singles(family)):
+        torch.testing.assert_close(logits[row], last(model, single)[0], **LOGITS)
+        assert said[row].tolist() == tokens(model, single)[0].tolist()
+
+
+@crossed
+def test_both_attention_backends_agree(family, method):
+    model, batch, found = pruned(family, method), batch_of(family), []
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        found.append(last(model, batch))
+    torch.testing.assert_close(*found, **LOGITS)
+
+
+@crossed
+def test_both_processors_give_the_same(family, method):
+    if not family.shortens:
+        pytest.skip("our processor writes what the stock one does")
+    model, stock, ours = pruned(family, method), batch_of(family), batch_of(family, **settings(family, method))
+    shorter = method_classes(method)[0].kind == "encoder"
+    assert (ours["input_ids"].shape[1] < stock["input_ids"].shape[1]) == shorter
+    torch.testing.assert_close(last(model, ours), last(model, stock), **LOGITS)
+    assert torch.equal(tokens(model, ours), tokens(model, stock))
+
+
+@crossed
+def test_a_prompt_without_pictures_is_dense(family, method):
+    texts = [text for text in family.texts if "<" not in text]
+    batch = batch_of(family, texts)
+    torch.testing.assert_close(last(pruned(family, method), batch), last(family.make(), batch), rtol=0, atol=0)
+
+
+# --- Generation --------------------------------------------------------------------------------------------------
+
+
+@crossed
+def test_beams_equal_prompts_alone(family, method):
+    model = pruned(family, method)
+    beams = tokens(model, batch_of(family), num_beams=2)
+    for row, single in enumerate(singles(family)):
+        assert beams[row].tolist() == tokens(model, single, num_beams=2)[0].tolist()
+
+
+@sampled
+def test_several_sequences_of_a_prompt(family, method):
+    model, batch = pruned(family, method), batch_of(family)
+    several = tokens(model, batch, do_sample=True, top_k=1, num_return_sequences=2)
+    assert torch.equal(several, tokens(model, batch).repeat_interleave(2, dim=0))
+
+
+@sampled
+def test_features_encoded_by_the_caller(family, method):
+    model, batch = pruned(family, method), batch_of(family)
+    sources = {source: name for name, (source, _) in model.model.modalities.items() if source in batch}
+    encoded, rest = {}, {k: v for k, v in batch.items() if k not in sources}
+    for source, name in sources.items():
+        own = {k: v for k, v in rest.items() if k in model.model.visual_arguments}
+        encoded[name] = getattr(model, f"get_{name}_features")(batch[source], **own, return_dict=True)
+    torch.testing.assert_close(last(model, {**rest, "mm_encoder_outputs": encoded}), last(model, batch), **LOGITS)
+
+
+# --- Budgets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(family, method, id=f"{family}-{method}") for family in FAMILIES for method in family.dense_at_all],
+)
+def test_a_ratio_of_one_is_dense(family, method):
+    dense, batch = family.make(), batch_of(family)
+    model = llava_sparse.sparsify(dense, method, 1.0)
+    torch.testing.assert_close(last(model, batch), last(dense, batch), **LOGITS)
+
+
+@crossed
+def test_what_enters_the_decoder_is_the_budget(family, method):
+    """At most, of each picture; and the record knows it."""
+    model, single = pruned(family, method), singles(family)[-1]
+    with torch.no_grad():
+        out = model(**single, output_selection=True)
+    lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    text = int((~model.model.placeholders(single["input_ids"], None)).sum())
+    if METHODS.get(method) is not None and METHODS[method].kind == "encoder":
+        assert len(set(lengths)) == 1 and 0 < lengths[0] - text <= family.budget
+    else:
+        assert lengths[-1] < lengths[0] and lengths == sorted(lengths, reverse=True)
+    assert len(out.selection) >= 1
+    for stage in out.selection:
+        kept = stage.kept[0].tolist()
+        assert kept == sorted(set(kept))
+        if stage.raters is None:
+            assert not kept or kept[-1] < stage.scores.shape[1]
+
+
+@each
+def test_refused_methods_say_so(family):
+    for method, words in family.refused.items():
+        with pytest.raises(ValueError, match=words):
+            llava_sparse.sparsify(family.make(), method, family.budget)
+
+
+# --- Training and precision --------------------------------------------------------------------------------------
+
+
+def labelled(model, batch) -> dict:
+    labels = batch["input_ids"].clone()
+    for name in model.model.modalities:
+        labels[model.model.placeholders(batch["input_ids"], None, name)] = -100
+    return {**batch, "labels": labels.masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+@sampled
+def test_labels_and_gradients(family, method):
+    model, batch = llava_sparse.sparsify(family.make(), method, family.budget), batch_of(family)
+    loss = model(**labelled(model, batch)).loss
+    loss.backward()
+    for part in (model.model.language_model.layers[0], model.model.vision_tower, model.lm_head):
+        grads = [p.grad for p in part.parameters() if p.grad is not None]
+        assert grads and all(g.isfinite().all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
+    if family.shortens:
+        ours = batch_of(family, **settings(family, method))
+        assert float(model(**labelled(model, ours)).loss.detach()) == pytest.approx(float(loss.detach()), abs=2e-5)
+
+
+@crossed
+def test_bfloat16_runs(family, method):
+    model = llava_sparse.sparsify(family.make(), method, family.budget).to(torch.bfloat16)
+    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch_of(family).items()}
+    assert last(model, batch).isfinite().all()
+    assert tokens(model, batch).shape == (len(family.texts), NEW)
+
+
+# --- Loading -----------------------------------------------------------------------------------------------------
+
+
+@each
+def test_loading_saving_and_switching(family, tmp_path):
+    folder = family.save(tmp_path / "stock")
+    sparse = settings(family, "divprune")
+    model, told = AutoModelForImageTextToText.from_pretrained(folder, **sparse, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    plain, batch = AutoModelForImageTextToText.from_pretrained(folder), batch_of(family)
+    assert plain.config.model_type == family.name and plain.config.sparse_method is None
+    expected = last(model.eval(), batch)
+    assert torch.equal(expected, last(pruned(family, "divprune"), batch))
+
+    processor = KNOWN[family.name].sparse("Processor").from_pretrained(folder, **sparse)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    assert AutoConfig.from_pretrained(tmp_path / "saved").sparse_budget == family.budget
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    own = AutoProcessor.from_pretrained(tmp_path / "saved")
+    assert type(own) is type(processor) and own.sparse_method == "divprune"
+    assert torch.equal(last(again.eval(), batch), expected)
+
+    again.set_sparsity("fastv", family.budget)
+    assert not torch.equal(last(again, batch), expected)
+    again.set_sparsity(None)
+    assert torch.equal(last(again, batch), last(plain.eval(), batch))

@@ -1,0 +1,158 @@
+"""The one table of model families that the shared tests cross with methods. A new family adds a row.
+
+A row says how to make a tiny random stock model and its processors, and what stands for a picture; the tests in
+`tests/families` do the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+import transformers
+from PIL import Image
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+
+import llava_sparse
+
+# Rows of different lengths, with two pictures, one, and none.
+TEXTS = [
+    "USER: <image> <image> Is there a dog in the image ? ASSISTANT:",
+    "USER: Is there a cat ? ASSISTANT:",
+    "USER: <image> What red car on the left with two big blue tree ? ASSISTANT:",
+]
+METHODS = (
+    "visionzip", "vispruner", "scope", "tome", "random", "divprune", "cdpruner", "delegate", "eadp", "fastv",
+    "pyramiddrop", "sparsevlm", "visionzip+sparsevlm", "divprune+fastv",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        name: the stock `model_type`; make: a stock model of its own for each call, with random weights.
+        processor: the stock processor, or, with `sparse_*` settings, ours.
+        inputs: of a processor, prompts and the number of the first picture, what the processor gives for them, with
+            other pictures, of other sizes where the family knows sizes, for each placeholder.
+        budget: tokens of a picture, fewer than any has, for all methods.
+        save: writes a stock checkpoint, under the key names that those on the Hub have, and its processor to a folder.
+        texts: prompts of different lengths and numbers of pictures, one of them without.
+        dense_at_all: methods that with `budget=1.0` are the dense model.
+        shortens: whether our processor writes fewer placeholders with encoder methods.
+        refused: methods that the family refuses, and words of the message.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    processor: Callable[..., Any]
+    inputs: Callable[[Any, list[str], int], dict[str, torch.Tensor]]
+    budget: int
+    save: Callable[[Path], Path]
+    texts: list[str] = field(default_factory=lambda: TEXTS, hash=False)
+    dense_at_all: tuple[str, ...] = ("divprune", "eadp", "fastv", "pyramiddrop")
+    shortens: bool = True
+    refused: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def methods(self) -> list[str]:
+        return [name for name in METHODS if name not in self.refused]
+
+
+def pictures(texts: list[str], seed: int, picture: Callable[[int], Image.Image]) -> list[Image.Image] | None:
+    """A picture for each `<image>`."""
+    return [picture(seed + i) for i in range(sum(text.count("<image>") for text in texts))] or None
+
+
+def sparse_or_stock(stock: type, settings: dict[str, Any]) -> type:
+    return getattr(llava_sparse, f"Sparse{stock.__name__}") if settings else stock
+
+
+# --- LLaVA-1.5 ---------------------------------------------------------------------------------------------------
+
+LLAVA = Family(
+    name="llava",
+    make=tiny.dense_model,
+    processor=lambda **settings: tiny.processor(sparse_or_stock(transformers.LlavaProcessor, settings), **settings),
+    inputs=lambda processor, texts, seed=0: tiny.inputs(processor, texts, seed),
+    budget=6,
+    save=tiny.save_checkpoint,
+    dense_at_all=("divprune", "eadp", "fastv", "pyramiddrop", "scope", "vispruner", "random", "cdpruner"),
+)
+
+# --- LLaVA-NeXT --------------------------------------------------------------------------------------------------
+
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+# (width, height): wide, tall, nearly square, and very wide; most of them are padded.
+SIZES = [(100, 52), (40, 90), (90, 84), (150, 44)]
+
+
+def next_model(backbone: str = "llama") -> LlavaNextForConditionalGeneration:
+    """A LLaVA-NeXT around the parts of `tiny.dense_model`."""
+    dense = tiny.dense_model(backbone)
+    config = LlavaNextConfig(
+        vision_config=tiny.vision_config(),
+        text_config=tiny.text_config(backbone),
+        image_token_index=4,
+        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=tiny.PATCHES,
+    )
+    model = LlavaNextForConditionalGeneration(config).eval()
+    told = model.load_state_dict(dense.state_dict(), strict=False)
+    assert told.missing_keys == ["model.image_newline"] and not told.unexpected_keys
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def next_processor(**settings: Any) -> Any:
+    kind = getattr(transformers, "LlavaNextImageProcessorPil", None) or transformers.LlavaNextImageProcessor
+    stock = tiny.processor()
+    return sparse_or_stock(LlavaNextProcessor, settings)(
+        image_processor=kind(
+            size={"shortest_edge": tiny.SIDE},
+            crop_size={"height": tiny.SIDE, "width": tiny.SIDE},
+            image_grid_pinpoints=PINPOINTS,
+        ),
+        tokenizer=tiny.tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=stock.chat_template,
+        **settings,
+    )
+
+
+def next_picture(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(SIZES[seed % len(SIZES)], Image.Resampling.BICUBIC)
+
+
+def next_inputs(processor: Any, texts: list[str], seed: int = 0) -> dict[str, torch.Tensor]:
+    images = pictures(texts, seed, next_picture)
+    return dict(processor(images=images, text=texts, return_tensors="pt", padding=True))
+
+
+def next_checkpoint(folder: Path, backbone: str = "llama") -> Path:
+    return tiny.save_under_old_names(next_model(backbone), next_processor(), folder)
+
+
+LLAVA_NEXT = Family(
+    name="llava_next",
+    make=next_model,
+    processor=next_processor,
+    inputs=next_inputs,
+    budget=20,
+    save=next_checkpoint,
+)
+
+FAMILIES = [LLAVA, LLAVA_NEXT]
