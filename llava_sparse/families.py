@@ -57,6 +57,7 @@ FAMILIES = {
     for family in (
         Family("llava", "Llava", "LLaVA-1.5"),
         Family("llava_next", "LlavaNext", "LLaVA-NeXT"),
+        Family("video_llava", "VideoLlava", "Video-LLaVA"),
     )
 }
 

@@ -40,6 +40,8 @@ def build_method(config: Any, settings: Sparsity) -> Sparsifier | None:
     Raises:
         ValueError: as `build_sparsifier`.
     """
+    published = getattr(config, "published", None)
+    settings = settings if published is None else published(settings)
     text = getattr(config, "text_config", None)
     vision = getattr(config, "vision_config", config)
     feature_layer = getattr(config, "vision_feature_layer", -2)
@@ -53,6 +55,7 @@ def build_method(config: Any, settings: Sparsity) -> Sparsifier | None:
         # hidden_states[j] is the output of layer j - 1, and hidden_states[-j] that of layer -j.
         feature_layer=layer - 1 if layer > 0 else layer,
         tiles=getattr(config, "tiles_per_image", 1),
+        frames=getattr(config, "frames_per_video", None),
     )
     method = resolve(settings, geometry)
     if method is not None:

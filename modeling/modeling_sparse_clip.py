@@ -141,6 +141,7 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         sparsifier: Any = None,
         depths: Sequence[int] | None = None,
         output_selection: bool = False,
+        with_cls: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encodes `(images, 3, height, width)` pixels; arguments as the stock class's, and
@@ -150,11 +151,15 @@ class SparseCLIPVisionModel(CLIPVisionModel):
             depths: return the outputs after these many layers, concatenated over channels, instead of running all
                 layers; not together with a method.
             output_selection: whether to return the stage.
+            with_cls: whether CLS is one of the tokens of an item, number 0, which a method in the tower keeps, and is
+                among `depths`' outputs; by default these have it, and methods do as published.
         """
         sparsifier = sparsifier or (self.sparsifier if depths is None else None)
         if sparsifier is None and depths is None:
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        outputs = self._forward_short(pixel_values, interpolate_pos_encoding, sparsifier, depths, **kwargs)
+        outputs = self._forward_short(
+            pixel_values, interpolate_pos_encoding, sparsifier, depths, with_cls=with_cls, **kwargs
+        )
         if output_selection and outputs.tokens is not None:
             layer = sparsifier.feature_layer % len(self.encoder.layers)
             outputs.selection = (outputs.tokens.selection(layer),)
@@ -168,6 +173,7 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         interpolate_pos_encoding: bool,
         method: Any,
         depths: Sequence[int] | None,
+        with_cls: bool | None = None,
         **kwargs: Any,
     ) -> SparseCLIPVisionOutput:
         hidden = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
@@ -176,19 +182,28 @@ class SparseCLIPVisionModel(CLIPVisionModel):
             for layer in self.encoder.layers[: max(depths)]:  # type: ignore[arg-type]
                 outputs.append(layer(outputs[-1], None, **kwargs))
             chosen = torch.cat([outputs[depth] for depth in depths], dim=-1)  # type: ignore[union-attr]
-            return SparseCLIPVisionOutput(last_hidden_state=chosen)
+            return SparseCLIPVisionOutput(last_hidden_state=chosen[:, 1:] if with_cls is False else chosen)
         rows, columns = (size // self.config.patch_size for size in pixel_values.shape[-2:])
-        vision = self._features(method, hidden, (rows, columns), **kwargs)
+        whole = bool(with_cls) and method.place == "projector"
+        vision = self._features(method, hidden, (rows, columns), int(not whole), **kwargs)
         if method.draws:
             vision = replace(vision, fingerprints=image_fingerprints(pixel_values))
         if method.place == "projector":
             return SparseCLIPVisionOutput(last_hidden_state=vision.features, vision=vision)
         with autocast_disabled(vision.features):
             tokens = method.reduce(vision)
+            if with_cls:
+                tokens = tokens.with_cls(vision.cls, method.keeps_cls)
         return SparseCLIPVisionOutput(last_hidden_state=tokens.features, tokens=tokens)
 
-    def _features(self, method: Any, hidden: Tensor, grid: tuple[int, int], **kwargs: Any) -> VisionFeatures:
-        """What the method sees: the output of its layer, with the attention of CLS there if it needs that."""
+    def _features(
+        self, method: Any, hidden: Tensor, grid: tuple[int, int], first: int, **kwargs: Any
+    ) -> VisionFeatures:
+        """What the method sees: the output of its layer, with the attention of CLS there if it needs that.
+
+        Args:
+            first: 1 to leave CLS out, 0 for a method behind the projector that chooses from it too.
+        """
         layers: Any = self.encoder.layers
         if method.place == "layers":
             hidden, places = method.run_layers(layers, hidden)
@@ -199,9 +214,9 @@ class SparseCLIPVisionModel(CLIPVisionModel):
             hidden = layer(hidden, None, **kwargs)
         if not method.needs_attention:
             hidden = layers[used](hidden, None, **kwargs)
-            return VisionFeatures(hidden[:, 1:], grid, hidden[:, 0])
+            return VisionFeatures(hidden[:, first:], grid, hidden[:, 0])
         tap = RowTap(torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device), project_keys=True)
         hidden = layers[used](hidden, None, **{TAP: tap}, **kwargs)
-        saliency = row_probabilities(tap.query, tap.key, layers[used].self_attn.scale)[:, :, 0, 1:]
-        saliency, keys = map(tap.of_all_heads, (saliency, tap.key[:, :, 1:]))
-        return VisionFeatures(hidden[:, 1:], grid, hidden[:, 0], saliency, keys)
+        saliency = row_probabilities(tap.query, tap.key, layers[used].self_attn.scale)[:, :, 0, first:]
+        saliency, keys = map(tap.of_all_heads, (saliency, tap.key[:, :, first:]))
+        return VisionFeatures(hidden[:, first:], grid, hidden[:, 0], saliency, keys)

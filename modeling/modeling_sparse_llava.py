@@ -109,7 +109,7 @@ class SparseLlavaModel(PrunedModelMixin, ProjectedFeaturesMixin, LlavaModel):
         patches = (outputs.vision or outputs.tokens).patches
         dense = [self.dense_tokens_per_image - self.patches_per_image + patches] * len(projected)
         if outputs.vision is not None:
-            vision = [replace(outputs.vision.to(projected.device), projected=projected)]
+            vision = replace(outputs.vision.to(projected.device), projected=projected).split()
             images = ImageFeatures(pooler_output=list(projected), dense=dense, vision=vision, **known)
             return self.reduced(method, images)
         tokens = replace(outputs.tokens.to(projected.device), features=projected).split()

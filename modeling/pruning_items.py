@@ -27,7 +27,7 @@ class ImageFeatures(BaseModelOutputWithPooling):
             choose, by the question, all patches.
         dense: of each picture, the tokens that the dense model has.
         tokens: what a method has made of each picture; None where it has yet to choose, or chooses in the decoder.
-        vision: what it has yet to choose from, for all pictures at once or for each: one item, or its tiles.
+        vision: what it has yet to choose from, for each picture: one item, or its tiles.
         grids: of each picture that is cut into tiles, their rows and columns; None where none is.
         fingerprints: `(pictures,)` int64, of a method that draws; question_ids: `(prompts, n)`, see `Question`.
         snapshot: the method that they were encoded for, which goes on with them.
@@ -58,19 +58,18 @@ class ImageFeatures(BaseModelOutputWithPooling):
         Args:
             prompts: whose `question_ids` they are asked with; as they are by default.
         """
-        index = torch.tensor(pictures, dtype=torch.int64)
-        vision = self.vision
-        if vision is not None:
-            whole = len(vision) == 1 and len(vision[0].features) == len(self.features)
-            vision = [vision[0].rows(index)] if whole else [vision[i] for i in pictures]
-        asked = self.question_ids
+        asked, drawn = self.question_ids, self.fingerprints
+
+        def some(values: list[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[i] for i in pictures]
+
         chosen: Any = replace(
             self,
-            dense=None if self.dense is None else [self.dense[i] for i in pictures],
-            tokens=None if self.tokens is None else [self.tokens[i] for i in pictures],
-            vision=vision,
-            grids=None if self.grids is None else [self.grids[i] for i in pictures],
-            fingerprints=None if self.fingerprints is None else self.fingerprints[index.to(self.fingerprints.device)],
+            dense=some(self.dense),
+            tokens=some(self.tokens),
+            vision=some(self.vision),
+            grids=some(self.grids),
+            fingerprints=None if drawn is None else drawn[list(pictures)],
             question_ids=asked if asked is None or prompts is None else asked[list(prompts)],
         )
         chosen.last_hidden_state, chosen.pooler_output = None, [self.features[i] for i in pictures]
@@ -81,7 +80,6 @@ class ImageFeatures(BaseModelOutputWithPooling):
         """Pictures and videos, one behind the other."""
         if len(parts) == 1:
             return parts[0]
-        parts = [part.take(range(len(part.features))) for part in parts]
 
         def all_of(name: str) -> Any:
             values = [getattr(part, name) for part in parts]

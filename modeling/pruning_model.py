@@ -242,16 +242,13 @@ class PrunedModelMixin(VisualItemsMixin):
         encoder = method.encoder
         if not images.features or not images.vision or (encoder.looks_at_question and question is None):
             return images
-        vision, groups = images.vision, [list(range(len(images.features)))]
-        if len(vision) == len(images.features):
-            same: dict[Any, list[int]] = {}
-            for item, (x, size) in enumerate(zip(vision, images.sizes, strict=True)):
-                same.setdefault((size, x.grid), []).append(item)
-            groups = list(same.values())
-            vision = [concatenated([vision[item] for item in group]) for group in groups]
+        same: dict[Any, list[int]] = {}
+        for item, (x, size) in enumerate(zip(images.vision, images.sizes, strict=True)):
+            same.setdefault((size, x.grid), []).append(item)
         tokens: dict[int, VisualTokens] = {}
-        for group, x in zip(groups, vision, strict=True):
-            encoder = self.method_for(method, images.sizes[group[0]]).encoder
+        for (size, _), group in same.items():
+            x = concatenated([images.vision[item] for item in group])
+            encoder = self.method_for(method, size).encoder
             tiles = len(x.features) // len(group)
             rows = torch.tensor(group).repeat_interleave(tiles)
             asked = None if question is None else question.rows(rows).to(x.features.device)

@@ -110,12 +110,13 @@ def resolve(settings: Sparsity, geometry: Geometry) -> Sparsifier | None:
     return method
 
 
-def entering(settings: Sparsity, patches: int, **sizes: Any) -> int | None:
+def entering(settings: Sparsity, patches: int, at_most: bool = False, **sizes: Any) -> int | None:
     """Tokens of an image of so many patches that enter the decoder; None for all, as in the dense model.
 
     What a model would refuse is refused here too, as far as it does not depend on the number of layers.
 
     Args:
+        at_most: whether an item may have fewer tokens than are asked for, and then keeps all.
         sizes: further ones of `Geometry`: of a picture in tiles, or a video, `patches` is of a tile, or a frame.
 
     Raises:
@@ -126,7 +127,7 @@ def entering(settings: Sparsity, patches: int, **sizes: Any) -> int | None:
         return None
     classes = method_classes(settings.method)
     geometry = Geometry(patches, DEEPEST, **sizes)
-    settings = settings if geometry.packed is None else settings.at_most(geometry.packed)
+    settings = settings.at_most(geometry.tokens) if at_most or geometry.packed is not None else settings
     if len(classes) == 1:
         if settings.layers is not None:
             check_counts("sparse_layers", settings.layers, -DEEPEST, DEEPEST)

@@ -141,6 +141,21 @@ class VisionFeatures(_Rows):
     def patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    def joined(self, frames: int) -> VisionFeatures:
+        """Every `frames` items as one, without a grid and without a CLS of its own."""
+
+        def whole(x: Tensor | None, place: int) -> Tensor | None:
+            """Of `(items * frames, ...)`, with the tokens at dimension `place`, those of all frames in a row."""
+            return None if x is None else x.unflatten(0, (-1, frames)).movedim(1, place).flatten(place, place + 1)
+
+        return VisionFeatures(
+            self.features.unflatten(0, (-1, frames)).flatten(1, 2),
+            (1, frames * self.features.shape[1]),
+            saliency=whole(self.saliency, 2),
+            keys=whole(self.keys, 2),
+            fingerprints=None if self.fingerprints is None else self.fingerprints.unflatten(0, (-1, frames)).sum(-1),
+        )
+
 
 @dataclass(frozen=True)
 class VisualTokens(_Rows):

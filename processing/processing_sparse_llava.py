@@ -62,13 +62,13 @@ class SparseProcessorMixin:
         self.sparse_budgets, self.sparse_options = sparse_budgets, sparse_options
         self.sparse_tokens = sparse_tokens
         super().__init__(  # type: ignore[call-arg]
-            image_processor,
-            tokenizer,
-            patch_size,
-            vision_feature_select_strategy,
-            chat_template,
-            image_token,
-            num_additional_image_tokens,
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
             **kwargs,
         )
         if count_tokens is not None and patch_size and getattr(image_processor, "crop_size", None):
@@ -115,7 +115,7 @@ class SparseProcessorMixin:
         """
         outputs = super().__call__(images, text, **kwargs)  # type: ignore[misc]
         clip = _clip(self.sparse_method, self.sparse_options)
-        if clip is not None and images is not None:
+        if clip is not None and (images is not None or kwargs.get("videos") is not None):
             asked = [text] if isinstance(text, str) else list(text)
             if question is not None:
                 asked = [question] if isinstance(question, str) else list(question)

@@ -28,6 +28,7 @@ from oracle_files import (
     tiny_vision,
 )
 from oracle_next import STEPS, NextCase
+from oracle_video_llava import PUBLISHED, VideoCase, lengths
 from safetensors.torch import load_file
 from torch.nn.functional import layer_norm, linear, normalize
 from transformers import LlamaConfig
@@ -60,6 +61,7 @@ SCORED = {
     "scope": ["select_*.safetensors"],
     "cdpruner": ["select_*.safetensors", "tower_*.safetensors"],
     "llava_next": ["case_*.safetensors"],
+    "video_llava": ["case_*.safetensors"],
 }
 
 
@@ -657,3 +659,48 @@ def test_llava_next(path):
     short = case.prompts(case.pictures, case.kept)
     assert torch.equal(short["attention_mask"].bool(), case.want["batch_mask"].bool())
     assert_close(case.model(**short).logits[:, -1], case.want["batch_logits_last"], "batch_logits_last")
+
+
+# --- Video-LLaVA -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", cases("video_llava", "case_*.safetensors"))
+@torch.no_grad()
+def test_video_llava_dense(path):
+    case = VideoCase(path, "sdpa")
+    assert_close(case.model(**case.inputs()).logits[0], case.want["dense_logits"], "dense_logits")
+
+
+@pytest.mark.parametrize("path", cases("video_llava", "case_*.safetensors"))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_video_llava(path, attention):
+    """From pixels to decoding; then a batch in which the prompt is padded."""
+    case = VideoCase(path, attention, **PUBLISHED)
+    want, rotated = case.want, []
+    case.model.model.language_model.rotary_emb.register_forward_hook(
+        lambda module, args, kwargs, output: rotated.append(kwargs["position_ids"][0]), with_kwargs=True
+    )
+    out = case.model(**case.inputs(), output_selection=True, output_hidden_states=True, use_cache=True)
+    case.check_selection(out.selection)
+    case.check_prefill(out)
+    assert torch.equal(rotated[0], want["position_ids_layer0"])
+    assert torch.equal(rotated[-1], want["position_ids_last"])
+    token = out.logits[0, -1].argmax()
+    for step, expected in enumerate(want["decode_logits"]):
+        assert token == want["greedy_tokens"][step]
+        out = case.model(input_ids=token[None, None], past_key_values=out.past_key_values, use_cache=True)
+        assert_close(out.logits[0, 0], expected, f"decode_logits, step {step}")
+        assert lengths(out) == want["kv_len_decode"][step].tolist()
+        token = out.logits[0, 0].argmax()
+    batch = case.model(**case.inputs(rows=2))
+    assert_close(batch.logits[0, -len(want["logits"]) :], want["logits"], "logits of a padded row")
+
+
+@pytest.mark.parametrize("path", cases("video_llava", "case_*.safetensors"))
+def test_video_llava_generate(path):
+    case = VideoCase(path, "sdpa", **PUBLISHED)
+    for rows in (1, 2):
+        inputs = case.inputs(rows)
+        new = case.model.generate(**inputs, max_new_tokens=len(case.want["official_generate"]), do_sample=False)
+        assert torch.equal(new[0, inputs["input_ids"].shape[1] :], case.want["official_generate"])
