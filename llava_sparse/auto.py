@@ -95,9 +95,11 @@ def register_models(family: Family) -> None:
         sparse, stock = family.sparse("Config"), family.stock("Config")
         for name in AUTO:
             auto = getattr(transformers, name, None)
-            if auto is None or stock not in auto._model_mapping:
+            if auto is None or not (family.published_type or stock in auto._model_mapping):
                 continue
             auto.register(sparse, family.sparse("ForConditionalGeneration"), exist_ok=True)
+            if family.published_type:
+                continue
             # `register` of some releases leaves transformers' own configurations alone, so that nothing replaces their
             # classes; this one hands every plain load on to them.
             plain = _with_sparse_keywords(auto._model_mapping[stock], family)
@@ -124,7 +126,10 @@ def register() -> None:
     SparseFieldsMixin.when_made = _register_for
     for family in FAMILIES.values():
         AutoConfig.register(family.sparse_type, family.sparse("Config"), exist_ok=True)
-        CONFIG_MAPPING.register(family.model_type, config_choice(family), exist_ok=True)
+        if family.published_type:
+            CONFIG_MAPPING.register(family.published_type, family.sparse("Config"), exist_ok=True)
+        else:
+            CONFIG_MAPPING.register(family.model_type, config_choice(family), exist_ok=True)
         # AutoProcessor alone takes as long to import as all the rest, so its table is given a name. It looks the name
         # up in a module of transformers.models, as which this package stands; nothing is imported before a processor
         # is loaded.

@@ -20,11 +20,14 @@ class Family:
 
     Attributes:
         model_type: of the stock configuration; prefix: of the stock classes; title: what people call it.
+        published_type: of a family that is not in transformers, the `model_type` of published configurations. Its own
+            class without a method is its stock class then.
     """
 
     model_type: str
     prefix: str
     title: str
+    published_type: str | None = None
 
     @property
     def sparse_type(self) -> str:
@@ -49,7 +52,7 @@ class Family:
 
     def stock(self, kind: str) -> Any:
         """The stock class of a kind, imported now."""
-        return getattr(transformers, f"{self.prefix}{kind}")
+        return self.sparse(kind) if self.published_type else getattr(transformers, f"{self.prefix}{kind}")
 
 
 FAMILIES = {
@@ -58,6 +61,7 @@ FAMILIES = {
         Family("llava", "Llava", "LLaVA-1.5"),
         Family("llava_next", "LlavaNext", "LLaVA-NeXT"),
         Family("video_llava", "VideoLlava", "Video-LLaVA"),
+        Family("mini_gemini", "MiniGemini", "Mini-Gemini", published_type="mgm"),
     )
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,6 +142,7 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         depths: Sequence[int] | None = None,
         output_selection: bool = False,
         with_cls: bool | None = None,
+        refine: Callable[[VisionFeatures], VisionFeatures] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encodes `(images, 3, height, width)` pixels; arguments as the stock class's, and
@@ -153,12 +154,13 @@ class SparseCLIPVisionModel(CLIPVisionModel):
             output_selection: whether to return the stage.
             with_cls: whether CLS is one of the tokens of an item, number 0, which a method in the tower keeps, and is
                 among `depths`' outputs; by default these have it, and methods do as published.
+            refine: what becomes of the features of a method's layer before it chooses from them.
         """
         sparsifier = sparsifier or (self.sparsifier if depths is None else None)
         if sparsifier is None and depths is None:
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         outputs = self._forward_short(
-            pixel_values, interpolate_pos_encoding, sparsifier, depths, with_cls=with_cls, **kwargs
+            pixel_values, interpolate_pos_encoding, sparsifier, depths, with_cls, refine, **kwargs
         )
         if output_selection and outputs.tokens is not None:
             layer = sparsifier.feature_layer % len(self.encoder.layers)
@@ -174,6 +176,7 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         method: Any,
         depths: Sequence[int] | None,
         with_cls: bool | None = None,
+        refine: Callable[[VisionFeatures], VisionFeatures] | None = None,
         **kwargs: Any,
     ) -> SparseCLIPVisionOutput:
         hidden = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
@@ -186,6 +189,7 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         rows, columns = (size // self.config.patch_size for size in pixel_values.shape[-2:])
         whole = bool(with_cls) and method.place == "projector"
         vision = self._features(method, hidden, (rows, columns), int(not whole), **kwargs)
+        vision = vision if refine is None else refine(vision)
         if method.draws:
             vision = replace(vision, fingerprints=image_fingerprints(pixel_values))
         if method.place == "projector":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import Cache, LlavaForConditionalGeneration, LlavaModel
@@ -32,7 +32,9 @@ class SparseLlavaModel(PrunedModelMixin, ProjectedFeaturesMixin, LlavaModel):
 
     config_class = SparseLlavaConfig
     config: SparseLlavaConfig
-    visual_arguments = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes", "question_ids")
+    visual_arguments: ClassVar[tuple[str, ...]] = (
+        "vision_feature_layer", "vision_feature_select_strategy", "image_sizes", "question_ids",
+    )  # fmt: skip
 
     def __init__(self, config: SparseLlavaConfig) -> None:
         # Skips LlavaModel.__init__, which would build the stock parts first.

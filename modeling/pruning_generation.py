@@ -128,7 +128,7 @@ class PrunedGenerationMixin:
         At every step it has the same shape, so that the step is compiled once; what is to come is hidden as the future.
         """
         cache = the_cache(past_key_values, cache)
-        if self.model.sparsifier is None and not remembered(cache):
+        if self.model.sparsifier is None and self.model.has_stock and not remembered(cache):
             return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs)
         if attention_mask is None or inputs_embeds.shape[1] > 1 or not remembered(cache):
             return attention_mask

@@ -69,14 +69,15 @@ class PrunedModelMixin(VisualItemsMixin):
 
     A family says how its pictures are encoded (`encode_images`), which arguments belong to that (`visual_arguments`),
     and how many tokens an image has; one that takes videos too has `encode_videos`: see `VisualItemsMixin`. With
-    `sparse_method=None` the stock forward runs. A forward takes one snapshot of the method, which pictures encoded for
-    it carry on: `set_sparsity`, called meanwhile, is for later ones.
+    `sparse_method=None` the stock forward runs, where there is one (`has_stock`). A forward takes one snapshot of the
+    method, which pictures encoded for it carry on: `set_sparsity`, called meanwhile, is for later ones.
     """
 
     config: Any
     sparsifier: Any = None
     language_model: Any
     visual_arguments: ClassVar[tuple[str, ...]] = ()
+    has_stock: ClassVar[bool] = True
 
     def encode_images(self, method: Any, pixel_values: Tensor, **arguments: Any) -> ImageFeatures:
         """What stands for pictures, as far as it does not depend on the question.
@@ -135,7 +136,7 @@ class PrunedModelMixin(VisualItemsMixin):
         carried = next((x.snapshot for x in encoded.values() if getattr(x, "snapshot", None) is not None), None)
         method = self.sparsifier if carried is None else carried[0]
         visual = {"pixel_values": pixel_values} | {k: kwargs.pop(k) for k in self.visual_arguments if k in kwargs}
-        if method is None and not remembered(cache) and prefill_chunk_size is None:
+        if method is None and self.has_stock and not remembered(cache) and prefill_chunk_size is None:
             given: dict[str, Any] = {
                 "input_ids": input_ids,
                 "attention_mask": attention_mask,
@@ -146,7 +147,7 @@ class PrunedModelMixin(VisualItemsMixin):
             given |= {"inputs_embeds": inputs_embeds, "mm_encoder_outputs": encoded or None, CACHE: cache}
             stock = super().forward(**given, **known, return_dict=True, **kwargs)  # type: ignore[misc]
             return SparseModelOutput(**stock, selection=() if output_selection else None)
-        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[attr-defined]
+        embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[arg-type]
         request = Request(
             method, input_ids, embeds, attention_mask, position_ids, cache, visual_mask, encoded, visual,
             output_selection, prefill_chunk_size, prompt_length,
@@ -158,6 +159,11 @@ class PrunedModelMixin(VisualItemsMixin):
             rows = rows_as_passed(outputs.columns, embeds.shape[1]).to(outputs.last_hidden_state.device)
             outputs.last_hidden_state, outputs.columns = rows_at(outputs.last_hidden_state, rows), None
         return outputs
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The embeddings of ids, `(batch, length, channels)`."""
+        embeds: Tensor = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+        return embeds
 
     def stock_features(self, given: Any) -> Any:
         """Features of a dense model in the form that the stock forward takes."""

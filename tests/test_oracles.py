@@ -27,6 +27,7 @@ from oracle_files import (
     timm_tower,
     tiny_vision,
 )
+from oracle_mini_gemini import GeminiCase
 from oracle_next import STEPS, NextCase
 from oracle_video_llava import PUBLISHED, VideoCase, lengths
 from safetensors.torch import load_file
@@ -62,6 +63,7 @@ SCORED = {
     "cdpruner": ["select_*.safetensors", "tower_*.safetensors"],
     "llava_next": ["case_*.safetensors"],
     "video_llava": ["case_*.safetensors"],
+    "mini_gemini": ["case_*.safetensors"],
 }
 
 
@@ -704,3 +706,14 @@ def test_video_llava_generate(path):
         inputs = case.inputs(rows)
         new = case.model.generate(**inputs, max_new_tokens=len(case.want["official_generate"]), do_sample=False)
         assert torch.equal(new[0, inputs["input_ids"].shape[1] :], case.want["official_generate"])
+
+
+# --- Mini-Gemini -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", cases("mini_gemini", "case_*.safetensors"))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_mini_gemini(path, attention):
+    """The dense model, from a checkpoint with published key names."""
+    GeminiCase(path, attention).check()
