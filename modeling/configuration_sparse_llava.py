@@ -130,6 +130,17 @@ class SparseFieldsMixin:
     """
 
     model_type: ClassVar[str]
+    # What Trainer gathers of the outputs is logits alone; the stock list lacks what stands for pictures.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "cache",
+        "image_hidden_states",
+        "image_outputs",
+        "video_hidden_states",
+        "video_outputs",
+        "columns",
+        "selection",
+    ]
     _given: dict[str, Any]
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import build_method
@@ -35,6 +36,8 @@ from .pruning_sequence import PADDING, PromptLayout, of_caller
 from .pruning_settings import Sparsity, as_lists
 from .pruning_stage import DecoderPruning
 from .pruning_types import Question, Selection, VisionFeatures, VisualTokens, concatenated
+
+logger = logging.get_logger(__name__)
 
 # transformers 5.24 keeps the whole output of the image encoder, older ones its features.
 NAMES = [f.name for f in fields(LlavaModelOutputWithPast)]
@@ -76,6 +79,7 @@ class PrunedModelMixin(VisualItemsMixin):
     config: Any
     sparsifier: Any = None
     language_model: Any
+    training: bool
     visual_arguments: ClassVar[tuple[str, ...]] = ()
     has_stock: ClassVar[bool] = True
 
@@ -287,6 +291,12 @@ class PrunedModelMixin(VisualItemsMixin):
             self.placeholders(request.input_ids, embeds, name) if marked is None else marked for name in self.modalities
         ]
         request.layout = layout = PromptLayout.of(torch.stack(marks).any(0), mask, request.prompt_length)
+        if self.training and request.prompt_length is None and request.method.looks_at_question:
+            logger.warning_once(
+                f"{request.method.name} looks at the question, and in this pass nothing says where prompts end, so "
+                "that answers in them choose the tokens that predict them: pass labels, or, where the loss is not the "
+                "model's own, prompt_length, (batch,) int64, which a data collator can add."
+            )
         which = None
         if marked is None and len(marks) > 1:
             which = by_prompt(torch.stack(marks).int().argmax(0)[layout.visual].tolist(), layout.visual_counts)
