@@ -161,7 +161,8 @@ class PrunedModelMixin(VisualItemsMixin):
         outputs = self.record(request, images, inputs, self.decode(request, images, inputs, kwargs))
         if as_passed and outputs.columns is not None:
             rows = rows_as_passed(outputs.columns, embeds.shape[1]).to(outputs.last_hidden_state.device)
-            outputs.last_hidden_state, outputs.columns = rows_at(outputs.last_hidden_state, rows), None
+            states = rows_at(outputs.last_hidden_state, rows)
+            outputs = replace(outputs, last_hidden_state=states, columns=None)  # type: ignore[call-arg]
         return outputs
 
     def embed(self, input_ids: Tensor) -> Tensor:

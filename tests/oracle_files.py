@@ -146,7 +146,7 @@ class Run:
             module.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
         run = cls(case, model, batch, entered)
         mask = case.mask().expand(batch, -1)
-        run.forward(case.given["inputs_embeds"], visual_mask=mask, output_selection=True)
+        run.forward(case.given["inputs_embeds"], visual_mask=mask, output_selection=True, as_passed=False)
         return run
 
     def forward(self, embeds: torch.Tensor, **kwargs: Any) -> None:

@@ -683,7 +683,8 @@ def test_video_llava(path, attention):
     case.model.model.language_model.rotary_emb.register_forward_hook(
         lambda module, args, kwargs, output: rotated.append(kwargs["position_ids"][0]), with_kwargs=True
     )
-    out = case.model(**case.inputs(), output_selection=True, output_hidden_states=True, use_cache=True)
+    asked = {"output_selection": True, "output_hidden_states": True, "as_passed": False}
+    out = case.model(**case.inputs(), use_cache=True, **asked)
     case.check_selection(out.selection)
     case.check_prefill(out)
     assert torch.equal(rotated[0], want["position_ids_layer0"])
@@ -695,7 +696,7 @@ def test_video_llava(path, attention):
         assert_close(out.logits[0, 0], expected, f"decode_logits, step {step}")
         assert lengths(out) == want["kv_len_decode"][step].tolist()
         token = out.logits[0, 0].argmax()
-    batch = case.model(**case.inputs(rows=2))
+    batch = case.model(**case.inputs(rows=2), as_passed=False)
     assert_close(batch.logits[0, -len(want["logits"]) :], want["logits"], "logits of a padded row")
 
 
