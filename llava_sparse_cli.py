@@ -107,7 +107,7 @@ def pope(
     seeds: Annotated[
         str, typer.Option(callback=_check_numbers, help="Of methods that draw at random, e.g. 0,1,2.")
     ] = "0",
-    answer_mode: Annotated[str, typer.Option(help="text, or logits: Yes against No at the first token.")] = "text",
+    answer_mode: Annotated[str, typer.Option(help="text; or Yes against No: logits, likelihood.")] = "text",
     prompt: Annotated[
         str | None,
         typer.Option(help=r"Template with <image> and {question}; \n is a new line. LLaVA-1.5's if left out."),

@@ -20,7 +20,7 @@ from llava_sparse.processing import question_ids
 
 from .models import IMAGE_TOKEN, QUESTION, fill_prompt
 
-ANSWER_MODES = ("text", "logits")
+ANSWER_MODES = ("text", "logits", "likelihood")
 MAX_NEW_TOKENS = 16
 YES, NO = "Yes", "No"
 # Settings with which greedy `generate` does not take the likeliest token or stops elsewhere, and their neutral values.
@@ -48,8 +48,9 @@ class Answer:
     """What a model said, and what it saw.
 
     Attributes:
-        text: the generated text, or Yes or No in logits mode.
-        score: logit of Yes less logit of No at the first token of the answer; None in text mode.
+        text: the generated text, or Yes or No in the other modes.
+        score: logit of Yes less logit of No at the first token of the answer, or log-likelihood of the one answer less
+            that of the other; None in text mode.
         kept: for each stage of the method, `(patches,)` bool, the patches that were kept as tokens of their own; empty
             for questions that were not grouped.
         visual_tokens: visual tokens after each decoder layer, averaged over the layers, as the papers count; None for
@@ -70,7 +71,8 @@ class Asker:
         model: dense or pruned.
         processor: writes a placeholder for every patch.
         prompt: with `<image>` and `{question}`.
-        mode: `"text"` generates greedily, `"logits"` compares Yes with No at the first token of the answer.
+        mode: `"text"` generates greedily, `"logits"` compares Yes with No at the first token of the answer,
+            `"likelihood"` compares all their tokens.
         grouped: whether a picture is encoded once for all its questions and, where the visual tokens do not depend on
             the question, the cache of what stands before it is computed once; else each question is asked on its own
             through `generate`, as transformers' users do.
@@ -239,14 +241,31 @@ class Asker:
         if bool((logits.isnan() | logits.isposinf()).any()):
             raise ValueError(f"the model's logits in {self.model.dtype} are not finite: use another --dtype.")
         scores: list[float | None] = [None] * len(logits)
-        if self.mode == "logits":
-            yes, no = self._answer_tokens()
-            scores = (logits[:, yes] - logits[:, no]).tolist()
+        if self.mode != "text":
+            yes, no = (self._likelihood(ids, logits, outputs, mask) for ids in self._answer_tokens())
+            scores = (yes - no).tolist()
             texts = [YES if score > 0 else NO for score in scores if score is not None]
         else:
             texts = self._generate(logits, getattr(outputs, CACHE), mask)
         masks = [[stage[row] for stage in kept] for row in range(len(texts))]
         return [Answer(*answer) for answer in zip(texts, scores, masks, tokens, strict=True)]
+
+    def _likelihood(self, ids: list[int], logits: Tensor, outputs: Any, mask: Tensor) -> Tensor:
+        """`(rows,)`: log-probability of an answer, but for what the first tokens of all answers are divided by."""
+        total = logits[:, ids[0]]
+        if len(ids) > 1:
+            answer = torch.tensor(ids, device=mask.device).expand(len(mask), -1)
+            mask = torch.cat([mask, _ones(answer[:, 1:])], dim=1)
+            said = self.model(
+                input_ids=answer[:, :-1],
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1)[:, 1 - len(ids) :],
+                **{CACHE: _rows_of(getattr(outputs, CACHE), torch.arange(len(mask)))},
+                use_cache=True,
+            )
+            probability = said.logits.float().log_softmax(-1).gather(2, answer[:, 1:, None])
+            total = total + probability.sum((1, 2)).to(total.device)
+        return total
 
     def _generate(self, logits: Tensor, cache: Cache, mask: Tensor) -> list[str]:
         """Greedy continuation; without `generate`, whose preparations cost more than the few tokens of an answer."""
@@ -290,8 +309,10 @@ class Asker:
         if (clip_ids := self._clip_ids(prompts)) is not None:
             inputs["question_ids"] = clip_ids
         tokens = self._tokens if self._decoder is None else None
-        if self.mode == "logits":
-            return self._finish(self.model(**inputs, logits_to_keep=1), mask, [], [tokens] * len(prompts))
+        if self.mode != "text":
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            outputs = self.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+            return self._finish(outputs, mask, [], [tokens] * len(prompts))
         said = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_NEW_TOKENS)
         return [Answer(text, None, [], tokens) for text in self._texts(said[:, padded.shape[1] :])]
 
@@ -312,8 +333,8 @@ class Asker:
             counts[stage.layer :] = _tokens_left(stage).float().cpu()
         return counts.mean(0).tolist()
 
-    def _answer_tokens(self) -> tuple[int, int]:
-        """Ids of the first tokens of the answers Yes and No behind the prompt."""
+    def _answer_tokens(self) -> list[list[int]]:
+        """Ids of the answers Yes and No behind the prompt, of which logits mode compares the first."""
         tokenizer = self.processor.tokenizer
         text = self.prompt.replace(IMAGE_TOKEN, self.processor.image_token)
         # Behind a new line, models say "Yes", which for most tokenizers is another token than " Yes".
@@ -325,12 +346,15 @@ class Asker:
             if ids[: len(bare)] != bare:
                 raise ValueError(
                     f"prompt {self.prompt!r}: its end becomes one token with {answer}; a prompt that ends without a "
-                    "space is allowed with --answer-mode logits."
+                    f"space is allowed with --answer-mode {self.mode}."
                 )
-            found.append(ids[len(bare)])
-        if found[0] == found[1] or tokenizer.unk_token_id in found:
-            raise ValueError(f"{YES} and {NO} begin with the same token, or an unknown one: use --answer-mode text.")
-        return found[0], found[1]
+            found.append(ids[len(bare) :] if self.mode == "likelihood" else ids[len(bare) : len(bare) + 1])
+        if found[0] == found[1] or tokenizer.unk_token_id in (*found[0], *found[1]):
+            raise ValueError(
+                f"{YES} and {NO} begin with the same token, or have an unknown one: use --answer-mode "
+                f"{'likelihood or ' if self.mode == 'logits' else ''}text."
+            )
+        return found
 
 
 @dataclass(frozen=True)

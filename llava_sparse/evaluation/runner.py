@@ -141,7 +141,7 @@ def evaluate_pope(
         methods, budget, seeds: as for `plan_runs`; `"dense"` is a method too.
         batch_size: questions answered at a time; halved where memory does not suffice.
         answer_mode: `"text"` parses what the model says by the official rule; `"logits"` compares Yes with No at the
-            first token of the answer, which also gives a score for each answer.
+            first token of the answer, `"likelihood"` by all their tokens, which also gives a score for each answer.
         prompt: with `<image>` and `{question}`; None for LLaVA-1.5's.
         grouped: whether a picture is encoded once for all its questions; without, `generate` is called as by anyone.
         skip_bad: whether rows that cannot be used are left out, and listed in the results, instead of refused.
@@ -282,7 +282,7 @@ def _entry(evaluation: Evaluation, run: Run) -> dict[str, Any]:
     pairs = [pair for unit in evaluation.units for pair in unit]
     lines = {(image, asked): evaluation.log.lines[run.name, image, asked] for image, asked in pairs}
     of_row = [lines[row["image_source"], row["question"]] for row in evaluation.rows]
-    scores = [line["score"] for line in of_row] if evaluation.answer_mode == "logits" else None
+    scores = [line["score"] for line in of_row] if evaluation.answer_mode != "text" else None
     tokens = [line["visual_tokens"] for line in lines.values()]
     return {
         **describe_run(run, evaluation.loaded.with_run(run)),

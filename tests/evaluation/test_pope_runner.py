@@ -375,7 +375,7 @@ def test_skipped_rows_show_in_the_results(reference, tmp_path):
         ({"methods": []}, ValueError, "one at least"),
         ({"methods": ["visionzip:dominnat=1"]}, ValueError, "is no option"),
         ({"budget": []}, ValueError, "one at least"),
-        ({"answer_mode": "logit"}, ValueError, "allowed: text, logits"),
+        ({"answer_mode": "logit"}, ValueError, "allowed: text, logits, likelihood"),
         ({"prompt": "<image>"}, ValueError, "{question} has to be in it once; it is there 0 times"),
         ({"methods": ["visionzip"], "budget": 577}, ValueError, f"{BUDGET}, got 577\\."),
         ({"methods": ["visionzip"], "budget": 1.01}, ValueError, f"{BUDGET}, got 1\\.01"),

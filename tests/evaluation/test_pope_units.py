@@ -58,6 +58,33 @@ def same(grouped, alone):
 
 
 @pytest.mark.parametrize("method", MODELS)
+@pytest.mark.parametrize("prompt", ["USER: <image> {question} ASSISTANT:", "{question} ? <image>"])
+def test_likelihoods_are_those_of_losses(method, prompt, dense, processor, pixels, monkeypatch):
+    """Answers of one token have the score of logits mode; of several, that of a pass with the answers as labels."""
+    model = pruned(dense, method)
+    one, other = (both(model, processor, pixels, prompt, mode) for mode in ("likelihood", "logits"))
+    assert [[(a.text, a.score) for a in way] for way in one] == [[(a.text, a.score) for a in way] for way in other]
+    monkeypatch.setattr(answering, "YES", "Yes red car")
+    monkeypatch.setattr(answering, "NO", "Yes small")
+    with pytest.raises(ValueError, match="begin with the same token"):
+        both(model, processor, pixels, prompt, "logits")
+    scores = []
+    for picture, question in zip([0, 1, 1], ASKED, strict=True):
+        text, by_loss = prompt.replace("{question}", question), []
+        for answer in ("Yes red car", "Yes small"):
+            batch = tiny.inputs(processor, f"{text} {answer}")
+            count = len(answer.split())
+            labels = batch["input_ids"].clone()
+            labels[:, :-count] = -100
+            batch["pixel_values"] = pixels[picture][None]
+            by_loss.append(-count * model(**batch, labels=labels).loss.item())
+        scores.append(by_loss[0] - by_loss[1])
+    for answers in both(model, processor, pixels, prompt, "likelihood"):
+        assert [answer.score for answer in answers] == pytest.approx(scores, abs=2e-4)
+        assert [answer.text for answer in answers] == ["Yes red car" if x > 0 else "Yes small" for x in scores]
+
+
+@pytest.mark.parametrize("method", MODELS)
 @pytest.mark.parametrize("mode", ["text", "logits"])
 @pytest.mark.parametrize(
     "prompt",

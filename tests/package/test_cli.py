@@ -103,7 +103,7 @@ def test_pope_on_a_folder(run):
         (["pope", "--budgets", "64,64", "--limit", "1"], 1, "visionzip@64 is there 2 times"),
         (["pope", "--methods", "sparsevlm:rater=all"], 1, "'rater=all' is no option (did you mean 'raters'?)"),
         (["pope", "--methods", "sparsevlm:raters=any", "--limit", "1"], 1, RATERS),
-        (["pope", "--answer-mode", "logit"], 1, "answer_mode 'logit' is unknown; allowed: text, logits"),
+        (["pope", "--answer-mode", "logit"], 1, "answer_mode 'logit' is unknown; allowed: text, logits, likelihood"),
         (["pope", "--prompt", "{question}"], 1, "<image> has to be in it once; it is there 0 times"),
         (["pope", "--split", "rondom"], 1, "rondom"),
         (["pope", "--variant", "9000"], 1, "'8910' is allowed"),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llava_sparse
+from llava_sparse.modeling.pruning_registry import METHODS
+from llava_sparse.reference import CHECKPOINT, SCENES
 
 CLOSE = {"rtol": 0, "atol": 2e-4}
 PAIRS = [
@@ -121,3 +127,35 @@ def test_trimmed_caches_go_on(dense, processor, case):
         )
     expected = stepwise(model, processor, [(prompt, f"{answer} big dog") for prompt, answer in PAIRS])
     torch.testing.assert_close(step.logits[:, 0], torch.stack([rows[-1] for rows in expected]), **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("method", [None, *sorted(METHODS), "divprune+sparsevlm"])
+def test_yes_and_no_share_one_probability(reference, method):
+    """On questions of the reference evaluation, by losses as by the prompt's own logits."""
+    own = AutoProcessor.from_pretrained(CHECKPOINT)
+    model = llava_sparse.sparsify(reference, method, None if method is None else 64)
+    rows = json.loads("[" + ",".join((SCENES / "scenes_pope_adversarial.json").read_text().splitlines()) + "]")
+    rows = [row for row in rows if row["question_id"] in (7, 19, 20, 31)]
+    pictures = [Image.open(SCENES / "images" / row["image"]) for row in rows]
+    prompts = [f"USER: <image>\n{row['text']} ASSISTANT:" for row in rows]
+    shares = []
+    with torch.no_grad():
+        own.tokenizer.padding_side = "left"
+        said = model(**own(images=pictures, text=prompts, return_tensors="pt", padding=True)).logits[:, -1].softmax(-1)
+        own.tokenizer.padding_side = "right"
+        for answer in ("Yes", "No"):
+            texts = [f"{prompt} {answer}" for prompt in prompts]
+            batch = own(images=pictures, text=texts, return_tensors="pt", padding=True)
+            last = batch["attention_mask"].sum(-1, keepdim=True) - 1
+            labels = torch.full_like(batch["input_ids"], -100).scatter(1, last, batch["input_ids"].gather(1, last))
+            out = model(**batch, labels=labels)
+            logp = cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+            shares.append((-logp.view(len(rows), -1).sum(-1)).exp())
+            told = said.gather(1, batch["input_ids"].gather(1, last))[:, 0]
+            torch.testing.assert_close(shares[-1], told, rtol=0, atol=1e-4)
+    assert float(sum(shares).max()) <= 1 + 1e-4
