@@ -84,6 +84,24 @@ def test_answers_as_in_generation_with_shortened_placeholders(model, case, proce
     check(model, processor, ours=tiny.processor(llava_sparse.SparseLlavaProcessor, **case.config))
 
 
+def test_the_first_answer_about_the_image_ends_the_prompt(model, processor):
+    """Later turns do not rate, whether they are labelled or not; nor do labels in front of the image end anything."""
+    first, answer = "USER: What car ? ASSISTANT: No dog USER: <image> Is there a tree ? ASSISTANT:", "Yes red"
+    (expected,) = stepwise(model, processor, [(first, answer)])
+    batch = tiny.inputs(processor, f"{first} {answer} USER: What two cat ? ASSISTANT: small")
+    end = tiny.inputs(processor, first)["input_ids"].shape[1]
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, end : end + 2] = batch["input_ids"][:, end : end + 2]
+    for columns in ([], [5, 6], [-1], [6, -1]):
+        own = labels.clone()
+        own[:, columns] = batch["input_ids"][:, columns]
+        out = model(**batch, labels=own)
+        torch.testing.assert_close(out.logits[0, end - 1 : end + 1], expected, **CLOSE)
+        torch.testing.assert_close(outside(out.logits, own), out.loss)
+    for told in (end, torch.tensor([end])):
+        assert torch.equal(model(**batch, prompt_length=told).logits, out.logits)
+
+
 TRIMMED = [case for case in tiny.CASES if "+" in case.method or case.method in ("fastv", "pyramiddrop", "sparsevlm")]
 
 
@@ -134,7 +152,11 @@ def reference():
     return AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("method", [None, *sorted(METHODS), "divprune+sparsevlm"])
+ASKING = [name for name in sorted(METHODS) if METHODS[name].looks_at_question]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in (None, *sorted(METHODS)) if name not in ASKING]
+
+
+@pytest.mark.parametrize("method", [*ASKING, "divprune+sparsevlm", *OTHERS])
 def test_yes_and_no_share_one_probability(reference, method):
     """On questions of the reference evaluation, by losses as by the prompt's own logits."""
     own = AutoProcessor.from_pretrained(CHECKPOINT)
@@ -158,4 +180,4 @@ def test_yes_and_no_share_one_probability(reference, method):
             shares.append((-logp.view(len(rows), -1).sum(-1)).exp())
             told = said.gather(1, batch["input_ids"].gather(1, last))[:, 0]
             torch.testing.assert_close(shares[-1], told, rtol=0, atol=1e-4)
-    assert float(sum(shares).max()) <= 1 + 1e-4
+    assert float(torch.stack(shares).sum(0).max()) <= 1 + 1e-4
