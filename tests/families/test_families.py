@@ -179,6 +179,22 @@ def labelled(model, batch) -> dict:
     return {**batch, "labels": labels.masked_fill(batch["attention_mask"] == 0, -100)}
 
 
+@crossed
+@torch.no_grad()
+def test_answers_do_not_choose_the_tokens_that_predict_them(family, method):
+    """A pass with answers as labels has the logits of the generation that gave them; so has one without a cache."""
+    model, batch = pruned(family, method), batch_of(family)
+    kwargs = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    kwargs["suppress_tokens"] = [getattr(model.config, n) for n in vars(model.config) if n.endswith("_token_index")]
+    said = model.generate(**batch, **kwargs, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(model.generate(**batch, **kwargs, use_cache=False), said.sequences)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, NEW), value=1)
+    labels = torch.nn.functional.pad(said.sequences[:, -NEW:], (batch["input_ids"].shape[1], 0), value=-100)
+    scored = model(**{**batch, "input_ids": said.sequences, "attention_mask": mask}, labels=labels)
+    assert scored.logits.shape[:2] == labels.shape
+    torch.testing.assert_close(scored.logits[:, -NEW - 1 : -1], torch.stack(said.logits, dim=1), **LOGITS)
+
+
 @sampled
 def test_labels_and_gradients(family, method):
     model, batch = llava_sparse.sparsify(family.make(), method, family.budget), batch_of(family)
