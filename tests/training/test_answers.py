@@ -102,6 +102,22 @@ def test_the_first_answer_about_the_image_ends_the_prompt(model, processor):
         assert torch.equal(model(**batch, prompt_length=told).logits, out.logits)
 
 
+def goes_on(model, processor, **kwargs):
+    """An answer that has begun, told from its prompt, goes on as it did in the generation that began it."""
+    batch = tiny.inputs(processor, [prompt for prompt, _ in PAIRS])
+    end = batch["input_ids"].shape[1]
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "suppress_tokens": [4], **kwargs}
+    said = model.generate(**batch, **settings)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 2), value=1)
+    begun = {**batch, "input_ids": said[:, : end + 2], "attention_mask": mask, "prompt_length": end}
+    for own in ({}, {"prompt_length": torch.full((len(said),), end)}):
+        assert torch.equal(model.generate(**begun | own, **{**settings, "max_new_tokens": 3}), said)
+
+
+def test_an_answer_goes_on(model, processor):
+    goes_on(model, processor)
+
+
 TRIMMED = [case for case in tiny.CASES if "+" in case.method or case.method in ("fastv", "pyramiddrop", "sparsevlm")]
 
 
@@ -129,6 +145,7 @@ def test_answers_on_trimmed_caches(dense, processor, case):
 def test_trimmed_caches_go_on(dense, processor, case):
     """Without a cache, and behind a pass that had answers in it too, steps see what they see in a generation."""
     model = trimmed(dense, case)
+    goes_on(model, processor)
     batch = tiny.inputs(processor, [prompt for prompt, _ in PAIRS])
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "suppress_tokens": [4]}
     assert torch.equal(model.generate(**batch, **settings), model.generate(**batch, **settings, use_cache=False))
