@@ -30,21 +30,20 @@ from .pruning_types import VisionFeatures, VisualTokens
 register_weight_names({"sparse_llava_next": "llava_next", "SparseLlavaNextModel": "LlavaNextModel"})
 
 
-def raster_order(tokens: VisualTokens, grid: tuple[int, int], side: int) -> Tensor:
+def raster_order(index: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """The order in which the tokens of a picture's tiles, taken tile by tile, enter the decoder, as published.
 
     Those of the whole picture as they are; then the patches of the other tiles in raster order over the picture, then
     what stands for none (CLS) and what was made anew, tile by tile.
 
     Args:
-        tokens: `(tiles, k)`, the first tile of the whole picture; grid: rows and columns of the others; side: patches
-            along the side of a tile.
+        index: `(tiles, k)` int64, see `VisualTokens.patch_index`, the first tile being of the whole picture; grid: rows
+            and columns of the others; side: patches along the side of a tile.
 
     Returns:
         `(tiles * k,)` int64.
     """
-    index, patches = tokens.patch_index, side * side
-    tiles, count = index.shape
+    (tiles, count), patches = index.shape, side * side
     tile = torch.arange(tiles, device=index.device)[:, None]
     row, column = (tile - 1).div(grid[1], rounding_mode="floor"), (tile - 1) % grid[1]
     raster = (row * side + index // side) * grid[1] * side + column * side + index % side
@@ -100,11 +99,32 @@ class SparseLlavaNextModel(PrunedModelMixin, ProjectedFeaturesMixin, LlavaNextMo
         return [get_anyres_image_grid_shape(list(map(int, image)), pinpoints, size) for image in image_sizes]
 
     def dense_tokens(self, image_size: Any, grid: tuple[int, int]) -> int:
-        """Tokens of a picture of `(height, width)` in the dense model: without padding, a newline behind every row."""
+        """Tokens of a picture of `(height, width)` in the dense model."""
+        full = self.config.vision_feature_select_strategy == "full"
+        if self.config.image_packing == "tiles":
+            return (1 + grid[0] * grid[1]) * (self.side**2 + full)
         whole = torch.empty(1, grid[0] * self.side, grid[1] * self.side, device="meta")
         _, rows, columns = unpad_image(whole, list(map(int, image_size))).shape
-        full = self.config.vision_feature_select_strategy == "full"
         return self.side**2 + full + rows * (columns + 1)
+
+    def pack_image_features(
+        self,
+        image_features: Any,
+        image_sizes: Any,
+        vision_feature_select_strategy: str,
+        image_newline: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        """As the stock class's, or, with `image_packing="tiles"`, all patches of all tiles in `raster_order`."""
+        if self.config.image_packing != "tiles":
+            return super().pack_image_features(
+                image_features, image_sizes, vision_feature_select_strategy, image_newline=image_newline
+            )
+        packed = []
+        for tiles, grid in zip(image_features, self.tile_grids(image_sizes), strict=True):
+            count = tiles.shape[1]
+            index = torch.arange(count, device=tiles.device) - (count - self.side**2)
+            packed.append(tiles.flatten(0, 1)[raster_order(index.expand(len(tiles), -1), grid, self.side)])
+        return packed, torch.tensor([len(x) for x in packed], device=packed[0].device)
 
     @can_return_tuple
     def get_image_features(
@@ -195,7 +215,7 @@ class SparseLlavaNextModel(PrunedModelMixin, ProjectedFeaturesMixin, LlavaNextMo
         return [made[i] for i in range(len(pictures))]
 
     def pack(self, tiles: VisualTokens, grid: tuple[int, int]) -> VisualTokens:
-        order = raster_order(tiles, grid, self.side)
+        order = raster_order(tiles.patch_index, grid, self.side)
         whole = VisualTokens.joined(tiles.split())
         sizes = whole.token_sizes
         return replace(

@@ -9,18 +9,70 @@ from transformers.image_processing_utils import select_best_resolution
 
 from .processing_sparse_llava import SparseProcessorMixin
 
+PACKINGS = ("unpadded", "tiles")
+
 
 class SparseLlavaNextProcessor(SparseProcessorMixin, LlavaNextProcessor):
-    """`LlavaNextProcessor` for a pruned model; see `SparseProcessorMixin`.
+    """`LlavaNextProcessor` for a pruned model.
 
     How many tokens a picture has depends on its tiles, so without the package it writes as many as the dense model has,
     of which the pruned one drops what it does not need.
+
+    Args:
+        image_processor, ..., sparse_options: see `SparseProcessorMixin`.
+        image_packing: "unpadded" or "tiles", as in the model's configuration.
     """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        num_additional_image_tokens: int = 0,
+        sparse_method: str | None = None,
+        sparse_budget: Any = None,
+        sparse_layers: Any = None,
+        sparse_budgets: Any = None,
+        sparse_options: dict[str, Any] | None = None,
+        image_packing: str = "unpadded",
+        **kwargs: Any,
+    ) -> None:
+        if image_packing not in PACKINGS:
+            raise ValueError(f"`image_packing` must be one of {', '.join(PACKINGS)}, got {image_packing!r}.")
+        self.image_packing = image_packing
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size,
+            vision_feature_select_strategy,
+            chat_template,
+            image_token,
+            num_additional_image_tokens,
+            sparse_method,
+            sparse_budget,
+            sparse_layers,
+            sparse_budgets,
+            sparse_options,
+            **kwargs,
+        )
 
     def check_settings(self) -> None:
         height, width = self._tile
         largest = max((h // height) * (w // width) for h, w in self.image_processor.image_grid_pinpoints)
         self.entering(self._patches, tiles=1 + largest)
+
+    def _get_number_of_features(self, orig_height: int, orig_width: int, height: int, width: int) -> int:
+        if self.image_packing != "tiles":
+            return super()._get_number_of_features(orig_height, orig_width, height, width)
+        rows, columns = select_best_resolution([orig_height, orig_width], self.image_processor.image_grid_pinpoints)
+        tiles = 1 + (rows // height) * (columns // width)
+        patches = (height // self.patch_size) * (width // self.patch_size)
+        # The caller takes one off for the strategy "default".
+        full = self.vision_feature_select_strategy != "default"
+        return tiles * patches + self.num_additional_image_tokens * (tiles if full else 1)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         dense = super().replace_image_token(image_inputs, image_idx, **kwargs)

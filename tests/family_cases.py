@@ -26,9 +26,10 @@ TEXTS = [
     "USER: Is there a cat ? ASSISTANT:",
     "USER: <image> What red car on the left with two big blue tree ? ASSISTANT:",
 ]
+# One of each kind: in the tower, behind the projector by tile and by picture, with token sizes, in the decoder, two.
+FAST = ("visionzip", "cdpruner", "divprune", "delegate", "sparsevlm", "visionzip+sparsevlm")
 METHODS = (
-    "visionzip", "vispruner", "scope", "tome", "random", "divprune", "cdpruner", "delegate", "eadp", "fastv",
-    "pyramiddrop", "sparsevlm", "visionzip+sparsevlm", "divprune+fastv",
+    *FAST, "vispruner", "scope", "tome", "random", "eadp", "fastv", "pyramiddrop", "random_decoder", "divprune+fastv",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class Family:
         dense_at_all: methods that with `budget=1.0` are the dense model.
         shortens: whether our processor writes fewer placeholders with encoder methods.
         refused: methods that the family refuses, and words of the message.
+        slow: of a family that other tests cross with all methods: the slow tests alone cross it again.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Family:
     dense_at_all: tuple[str, ...] = ("divprune", "eadp", "fastv", "pyramiddrop")
     shortens: bool = True
     refused: dict[str, str] = field(default_factory=dict, hash=False)
+    slow: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -87,6 +90,7 @@ LLAVA = Family(
     budget=6,
     save=tiny.save_checkpoint,
     dense_at_all=("divprune", "eadp", "fastv", "pyramiddrop", "scope", "vispruner", "random", "cdpruner"),
+    slow=True,
 )
 
 # --- LLaVA-NeXT --------------------------------------------------------------------------------------------------

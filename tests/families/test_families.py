@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from family_cases import FAMILIES, Family
+from family_cases import FAMILIES, FAST, Family
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import llava_sparse
@@ -15,8 +15,15 @@ from llava_sparse.modeling.pruning_registry import METHODS, method_classes
 
 NEW = 4
 LOGITS = dict(rtol=0, atol=2e-4)
-CELLS = [pytest.param(family, method, id=f"{family}-{method}") for family in FAMILIES for method in family.methods]
-FEW = [cell for cell in CELLS if cell.values[1] in ("visionzip", "cdpruner", "divprune", "delegate", "sparsevlm")]
+
+
+def cell(family: Family, method: str):
+    slow = family.slow or method not in FAST
+    return pytest.param(family, method, id=f"{family}-{method}", marks=[pytest.mark.slow] if slow else [])
+
+
+CELLS = [cell(family, method) for family in FAMILIES for method in family.methods]
+FEW = [one for one in CELLS if one.values[1] in FAST[:5]]
 crossed = pytest.mark.parametrize(("family", "method"), CELLS)
 sampled = pytest.mark.parametrize(("family", "method"), FEW)
 each = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -133,8 +140,7 @@ def test_features_encoded_by_the_caller(family, method):
 
 
 @pytest.mark.parametrize(
-    ("family", "method"),
-    [pytest.param(family, method, id=f"{family}-{method}") for family in FAMILIES for method in family.dense_at_all],
+    ("family", "method"), [cell(family, method) for family in FAMILIES for method in family.dense_at_all]
 )
 def test_a_ratio_of_one_is_dense(family, method):
     dense, batch = family.make(), batch_of(family)

@@ -312,18 +312,18 @@ def test_a_class_that_does_not_prune_says_so(tmp_path, caplog):
     from transformers import (
         AutoModel,
         LlavaForConditionalGeneration,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
+        VipLlavaConfig,
+        VipLlavaForConditionalGeneration,
     )
 
     tiny.save_checkpoint(tmp_path / "stock")
     llava_sparse.sparsify(tiny.dense_model(), "visionzip", budget=5).save_pretrained(tmp_path / "pruned")
-    LlavaNextConfig().save_pretrained(tmp_path / "next")
+    VipLlavaConfig().save_pretrained(tmp_path / "other")
     message = "does not prune. Supported: LLaVA-1.5 .*AutoModelForImageTextToText.from_pretrained"
     for load, folder, settings in (
         (LlavaForConditionalGeneration, "stock", {"sparse_method": "visionzip", "sparse_budget": 5}),
-        (LlavaNextForConditionalGeneration, "next", {"sparse_method": "visionzip", "sparse_budget": 5}),
-        (AutoModel, "next", {"sparse_method": "visionzip", "sparse_budget": 5}),
+        (VipLlavaForConditionalGeneration, "other", {"sparse_method": "visionzip", "sparse_budget": 5}),
+        (AutoModel, "other", {"sparse_method": "visionzip", "sparse_budget": 5}),
     ):
         with pytest.raises(ValueError, match=message):
             load.from_pretrained(tmp_path / folder, **settings)
