@@ -48,7 +48,8 @@ class Selection:
     the patches of the images before it; merged tokens are numbered on from the prompt's total of patches. (Where a
     model feeds CLS to its decoder, `vision_feature_select_strategy="full"`, decoder methods count it as token 0 of its
     image. Of a video, CLS is token 0 of each frame, for all methods, and its patches follow: P patches a frame make
-    1 + P numbers.)
+    1 + P numbers. Of a picture in tiles, methods that choose tile by tile number on from tile to tile; others number
+    what the dense model gives the decoder, in its order, newlines included.)
 
     Attributes:
         layer: the encoder or decoder layer (0-based) whose output was reduced.
