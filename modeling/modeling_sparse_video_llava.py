@@ -204,7 +204,7 @@ class SparseVideoLlavaModel(PrunedModelMixin, VideoLlavaModel):
             )
         return super().adopt(given, method)
 
-    def stock_features(self, given: Any) -> Any:
+    def stock_features(self, given: Any, modality: str) -> Any:
         if not isinstance(given, ImageFeatures):
             return given
         return BaseModelOutputWithPooling(pooler_output=torch.stack(given.features))

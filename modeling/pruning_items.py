@@ -28,7 +28,8 @@ class ImageFeatures(BaseModelOutputWithPooling):
         dense: of each picture, the tokens that the dense model has.
         tokens: what a method has made of each picture; None where it has yet to choose, or chooses in the decoder.
         vision: what it has yet to choose from, for each picture: one item, or its tiles.
-        grids: of each picture that is cut into tiles, their rows and columns; None where none is.
+        grids: of each picture that is cut into tiles, the rows and columns of those behind the whole one; None for what
+            is not, and where nothing is.
         fingerprints: `(pictures,)` int64, of a method that draws; question_ids: `(prompts, n)`, see `Question`.
         snapshot: the method that they were encoded for, which goes on with them.
     """
@@ -36,7 +37,7 @@ class ImageFeatures(BaseModelOutputWithPooling):
     dense: list[int] | None = None
     tokens: list[VisualTokens] | None = None
     vision: list[VisionFeatures] | None = None
-    grids: list[tuple[int, int]] | None = None
+    grids: list[Any] | None = None
     fingerprints: Tensor | None = None
     question_ids: Tensor | None = None
     snapshot: tuple[Any, ...] | None = None
@@ -50,7 +51,8 @@ class ImageFeatures(BaseModelOutputWithPooling):
     def sizes(self) -> list[Any]:
         """Of each picture what its budget depends on: tokens in the dense model, and the grid of its tiles, if any."""
         dense = self.dense or [len(image) for image in self.features]
-        return list(dense) if self.grids is None else list(zip(dense, self.grids, strict=True))
+        grids = self.grids or [None] * len(dense)
+        return [count if grid is None else (count, grid) for count, grid in zip(dense, grids, strict=True)]
 
     def take(self, pictures: Sequence[int], prompts: Sequence[int] | None = None) -> ImageFeatures:
         """Some of the pictures; one may be there more than once.
@@ -85,10 +87,12 @@ class ImageFeatures(BaseModelOutputWithPooling):
             values = [getattr(part, name) for part in parts]
             return None if any(value is None for value in values) else [entry for value in values for entry in value]
 
+        grids = [grid for part in parts for grid in part.grids or [None] * len(part.features)]
         drawn = [part.fingerprints for part in parts if part.fingerprints is not None]
         return replace(
             parts[0],
-            **{name: all_of(name) for name in ("pooler_output", "dense", "tokens", "vision", "grids")},
+            **{name: all_of(name) for name in ("pooler_output", "dense", "tokens", "vision")},
+            grids=grids if any(grid is not None for grid in grids) else None,
             fingerprints=torch.cat(drawn) if drawn else None,
             question_ids=next((part.question_ids for part in parts if part.question_ids is not None), None),
         )

@@ -371,7 +371,7 @@ def for_part(cls: Any, geometry: Geometry, settings: Sparsity) -> tuple[Geometry
         ValueError: for a budget that leaves nothing of a tile or a frame.
     """
     frames = geometry.frames
-    if geometry.tiles > 1 and cls.unit == "tile":
+    if _by_tile(cls, geometry):
         return _for_tile(cls, geometry, settings)
     if frames is None or cls.place not in ("tower", "layers"):
         return replace(geometry, patches=geometry.tokens, frames=None, tiles=1, packed=None), settings
@@ -391,6 +391,10 @@ def for_part(cls: Any, geometry: Geometry, settings: Sparsity) -> tuple[Geometry
     return alone, replace(settings, budget=min(share, geometry.patches))
 
 
+def _by_tile(cls: Any, geometry: Geometry) -> bool:
+    return cls.unit == "tile" and (geometry.tiles > 1 or geometry.packed is not None)
+
+
 def _for_tile(cls: Any, geometry: Geometry, settings: Sparsity) -> tuple[Geometry, Sparsity]:
     alone, tiles = replace(geometry, tiles=1, packed=None), geometry.tiles
     budget = check_budget(settings.budget, geometry.tokens)
@@ -406,7 +410,7 @@ def _for_tile(cls: Any, geometry: Geometry, settings: Sparsity) -> tuple[Geometr
 
 def entering_of(cls: Any, geometry: Geometry, settings: Sparsity) -> int | None:
     """As `Sparsifier.entering`, of an item that may be a video, or cut into tiles."""
-    if geometry.tiles > 1 and cls.unit == "tile":
+    if _by_tile(cls, geometry):
         alone, own = _for_tile(cls, geometry, settings)
         return int(geometry.tiles * cls.entering(alone.patches, own))
     if geometry.frames is None or cls.place not in ("tower", "layers"):

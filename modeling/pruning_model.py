@@ -147,7 +147,7 @@ class PrunedModelMixin(VisualItemsMixin):
                 "position_ids": position_ids,
             }
             known = {k: v for k, v in visual.items() if k != "question_ids"}
-            encoded = {name: self.stock_features(x) for name, x in encoded.items()}
+            encoded = {name: self.stock_features(x, name) for name, x in encoded.items()}
             given |= {"inputs_embeds": inputs_embeds, "mm_encoder_outputs": encoded or None, CACHE: cache}
             stock = super().forward(**given, **known, return_dict=True, **kwargs)  # type: ignore[misc]
             return SparseModelOutput(**stock, selection=() if output_selection else None)
@@ -170,7 +170,7 @@ class PrunedModelMixin(VisualItemsMixin):
         embeds: Tensor = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         return embeds
 
-    def stock_features(self, given: Any) -> Any:
+    def stock_features(self, given: Any, modality: str) -> Any:
         """Features of a dense model in the form that the stock forward takes."""
         return given
 
@@ -266,7 +266,8 @@ class PrunedModelMixin(VisualItemsMixin):
             with autocast_disabled(x.features):
                 parts = encoder.reduce(replace(x, question=asked)).split([tiles] * len(group))
             for item, part in zip(group, parts, strict=True):
-                tokens[item] = part if images.grids is None else self.pack(part, images.grids[item])
+                grid = None if images.grids is None else images.grids[item]
+                tokens[item] = part if grid is None else self.pack(part, grid)
         chosen: Any = replace(images, tokens=[tokens[item] for item in sorted(tokens)], vision=None)
         chosen.pooler_output = [x.features[0] for x in chosen.tokens]
         return chosen

@@ -8,11 +8,13 @@ from llava_sparse.modeling.pruning_settings import Sparsity
 from . import processing_sparse_llava as _own
 from .processing_sparse_llava import SparseLlavaProcessor, question_ids
 from .processing_sparse_llava_next import SparseLlavaNextProcessor
+from .processing_sparse_llava_onevision import SparseLlavaOnevisionProcessor
 from .processing_sparse_mini_gemini import SparseMiniGeminiProcessor
 from .processing_sparse_video_llava import SparseVideoLlavaProcessor
 
 __all__ = [
     "SparseLlavaNextProcessor",
+    "SparseLlavaOnevisionProcessor",
     "SparseLlavaProcessor",
     "SparseMiniGeminiProcessor",
     "SparseVideoLlavaProcessor",

@@ -6,17 +6,28 @@ A row says how to make a tiny random stock model and its processors, and what st
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import tiny
 import torch
 import transformers
 from PIL import Image
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers import (
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
+    SiglipVisionConfig,
+)
+from transformers.processing_utils import ProcessorMixin
 
 import llava_sparse
 
@@ -47,6 +58,7 @@ class Family:
         texts: prompts of different lengths and numbers of pictures, one of them without.
         dense_at_all: methods that with `budget=1.0` are the dense model.
         shortens: whether our processor writes fewer placeholders with encoder methods.
+        saves_processor: whether its processors can be saved and loaded where torchvision is not installed.
         refused: methods that the family refuses, and words of the message.
         slow: of a family that other tests cross with all methods: the slow tests alone cross it again.
     """
@@ -60,6 +72,7 @@ class Family:
     texts: list[str] = field(default_factory=lambda: TEXTS, hash=False)
     dense_at_all: tuple[str, ...] = ("divprune", "eadp", "fastv", "pyramiddrop")
     shortens: bool = True
+    saves_processor: bool = True
     refused: dict[str, str] = field(default_factory=dict, hash=False)
     slow: bool = False
 
@@ -71,9 +84,16 @@ class Family:
         return [name for name in METHODS if name not in self.refused]
 
 
-def pictures(texts: list[str], seed: int, picture: Callable[[int], Image.Image]) -> list[Image.Image] | None:
-    """A picture for each `<image>`."""
-    return [picture(seed + i) for i in range(sum(text.count("<image>") for text in texts))] or None
+def shown(texts: list[str], seed: int, picture: Callable[[int], Image.Image]) -> dict[str, list]:
+    """A picture for each `<image>` and three frames for each `<video>`, by their number among both."""
+    given: dict[str, list] = {"images": [], "videos": []}
+    places = re.findall("<image>|<video>", " ".join(texts))
+    for number, place in enumerate(places, start=seed):
+        if place == "<image>":
+            given["images"].append(picture(number))
+        else:
+            given["videos"].append([tiny.image(100 * number + frame) for frame in range(3)])
+    return {name: values for name, values in given.items() if values}
 
 
 def sparse_or_stock(stock: type, settings: dict[str, Any]) -> type:
@@ -142,8 +162,7 @@ def next_picture(seed: int) -> Image.Image:
 
 
 def next_inputs(processor: Any, texts: list[str], seed: int = 0) -> dict[str, torch.Tensor]:
-    images = pictures(texts, seed, next_picture)
-    return dict(processor(images=images, text=texts, return_tensors="pt", padding=True))
+    return dict(processor(**shown(texts, seed, next_picture), text=texts, return_tensors="pt", padding=True))
 
 
 def next_checkpoint(folder: Path, backbone: str = "llama") -> Path:
@@ -159,4 +178,71 @@ LLAVA_NEXT = Family(
     save=next_checkpoint,
 )
 
-FAMILIES = [LLAVA, LLAVA_NEXT]
+# --- LLaVA-OneVision ---------------------------------------------------------------------------------------------
+
+
+def onevision_model() -> LlavaOnevisionForConditionalGeneration:
+    """SigLIP and Qwen2; pictures of more than two tiles are scaled down behind the projector."""
+    torch.manual_seed(0)
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, image_size=tiny.SIDE,
+            patch_size=14, vision_use_head=False, initializer_range=0.15,
+        ),
+        text_config=tiny.text_config("qwen2"),
+        image_token_index=4,
+        video_token_index=len(tiny.WORDS),
+        image_grid_pinpoints=[[56, 56], *PINPOINTS],
+        vision_aspect_ratio="anyres_max_2",
+    )  # fmt: skip
+    model = LlavaOnevisionForConditionalGeneration(config).eval()
+    for part in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        torch.nn.init.normal_(part.weight, std=0.2)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+class Frames:
+    """Stands for the stock video processor, which needs torchvision: frames as the image processor has pictures."""
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def __call__(self, videos: list[list[Image.Image]], **kwargs: Any) -> dict[str, torch.Tensor]:
+        pixels = [self.images(video, return_tensors="pt")["pixel_values"][:, 0] for video in videos]
+        return {"pixel_values_videos": torch.stack(pixels)}
+
+
+def onevision_processor(**settings: Any) -> Any:
+    kind = getattr(transformers, "LlavaOnevisionImageProcessorPil", None) or transformers.LlavaOnevisionImageProcessor
+    images = kind(size={"height": tiny.SIDE, "width": tiny.SIDE}, image_grid_pinpoints=[[56, 56], *PINPOINTS])
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<video>"], special_tokens=True)
+    with patch.object(ProcessorMixin, "check_argument_for_proper_class", lambda *args: None):
+        return sparse_or_stock(LlavaOnevisionProcessor, settings)(
+            image_processor=images,
+            tokenizer=tokenizer,
+            video_processor=Frames(images),
+            num_image_tokens=tiny.PATCHES,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_2",
+            chat_template=tiny.processor().chat_template,
+            **settings,
+        )
+
+
+TOWER = {name: "works in a CLIP vision tower" for name in METHODS if "visionzip" in name}
+TOWER |= dict.fromkeys(("vispruner", "scope", "tome", "random"), "works in a CLIP vision tower")
+LLAVA_ONEVISION = Family(
+    name="llava_onevision",
+    make=onevision_model,
+    processor=onevision_processor,
+    inputs=next_inputs,
+    budget=14,
+    save=lambda folder: tiny.save_under_old_names(onevision_model(), None, folder),
+    texts=[*TEXTS, "USER: <video> What <image> dog ? ASSISTANT:"],
+    saves_processor=False,
+    refused=TOWER,
+)
+
+FAMILIES = [LLAVA, LLAVA_NEXT, LLAVA_ONEVISION]

@@ -153,11 +153,12 @@ def save_checkpoint(folder: Path, backbone: str = "llama") -> Path:
 
 
 def save_under_old_names(model, processor, folder: Path) -> Path:
-    """Writes a stock model of the LLaVA kind, under the key names of before transformers 5, and its processor."""
+    """Writes a stock model of the LLaVA kind, under the names of before transformers 5, and its processor, if any."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
     renamed = {}
     for key, value in model.state_dict().items():
         key = re.sub(r"^model\.language_model\.", "language_model.model.", key)

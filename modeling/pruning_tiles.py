@@ -1,0 +1,154 @@
+"""Pictures in tiles: a whole one and a grid of its parts, reduced tile by tile or as the decoder sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+from .modeling_sparse_clip import ProjectedFeaturesMixin, SparseCLIPVisionModel
+from .pruning_items import ImageFeatures, tokens_of
+from .pruning_model import PrunedModelMixin
+from .pruning_ops import image_fingerprints
+from .pruning_types import VisionFeatures, VisualTokens
+
+
+def raster_order(index: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """The order in which the tokens of a picture's tiles, taken tile by tile, enter the decoder, as published.
+
+    Those of the whole picture as they are; then the patches of the other tiles in raster order over the picture, then
+    what stands for none (CLS) and what was made anew, tile by tile.
+
+    Args:
+        index: `(tiles, k)` int64, see `VisualTokens.patch_index`, the first tile being of the whole picture; grid: rows
+            and columns of the others; side: patches along the side of a tile.
+
+    Returns:
+        `(tiles * k,)` int64.
+    """
+    (tiles, count), patches = index.shape, side * side
+    tile = torch.arange(tiles, device=index.device)[:, None]
+    row, column = (tile - 1).div(max(1, grid[1]), rounding_mode="floor"), (tile - 1) % max(1, grid[1])
+    raster = (row * side + index // side) * grid[1] * side + column * side + index % side
+    behind = (tiles - 1) * patches
+    made = behind + tiles + tile * count + index - patches
+    key = torch.where(index < 0, behind + tile, torch.where(index < patches, raster, made))
+    first = torch.arange(count, device=index.device) - count
+    return torch.where(tile == 0, first, key).flatten().argsort(stable=True)
+
+
+class TilesMixin(ProjectedFeaturesMixin, PrunedModelMixin):
+    """Modifications of a stock model without head whose pictures are cut into tiles.
+
+    A method with unit "tile" reduces each tile by itself, padding included; its tokens stand in `raster_order`, with
+    neither newlines nor unpadding. Others choose from what the decoder of the dense model is given, newlines among it.
+    A family says how many tokens that is (`dense_tokens`), and how it is made (`pack_dense`).
+    """
+
+    @property
+    def side(self) -> int:
+        """Patches along the side of a tile."""
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
+    def sizes_of(self, size: Any) -> dict[str, Any]:
+        if isinstance(size, int):  # Packed by the caller.
+            return {"patches": size, "tiles": 1}
+        return {"tiles": 1 + size[1][0] * size[1][1], "packed": tokens_of(size)}
+
+    def grid_of(self, patches: int) -> tuple[int, int]:
+        """Packed tokens are no grid: rows end in newlines, and the first tile is the whole picture."""
+        return (1, patches)
+
+    def tile_grids(self, image_sizes: Any, batch_num_images: Any = None) -> list[tuple[int, int]]:
+        """Rows and columns of the tiles, besides the first, of pictures of `(height, width)`.
+
+        Args:
+            batch_num_images: pictures of each prompt, of a family that cuts a prompt's only picture alone.
+        """
+        pinpoints, size = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        grids = [get_anyres_image_grid_shape(list(map(int, image)), pinpoints, size) for image in image_sizes]
+        if batch_num_images is None:
+            return grids
+        together = [int(count) for count in batch_num_images for _ in range(int(count))]
+        return [grid if count == 1 else (0, 0) for grid, count in zip(grids, together, strict=True)]
+
+    def dense_tokens(self, image_size: Any, grid: tuple[int, int]) -> int:
+        """Tokens of a picture of `(height, width)` in the dense model."""
+        raise NotImplementedError
+
+    def pack_dense(self, tiles: Sequence[Tensor], image_sizes: Any, given: dict[str, Any]) -> list[Tensor]:
+        """What the dense model makes of the projected tiles of each picture; `given` are arguments of the call."""
+        raise NotImplementedError
+
+    def encode_images(
+        self,
+        method: Any,
+        pixel_values: Tensor,
+        image_sizes: Any = None,
+        question_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ImageFeatures:
+        encoder = None if method is None else method.encoder
+        if image_sizes is None:
+            raise ValueError("pixel_values need image_sizes, (pictures, 2), the height and width of each.")
+        grids = self.tile_grids(image_sizes, kwargs.pop("batch_num_images", None))
+        tiles = [1 + rows * columns for rows, columns in grids]
+        if pixel_values.dim() == 4:
+            pictures = list(pixel_values.split(tiles))
+        else:
+            pictures = [picture[:count] for picture, count in zip(pixel_values, tiles, strict=True)]
+        drawn = None
+        if method is not None and method.draws:
+            drawn = torch.cat([image_fingerprints(picture.flatten(0, 1)[None]) for picture in pictures])
+        known: dict[str, Any] = {"fingerprints": drawn, "question_ids": question_ids, "snapshot": (method,)}
+        if encoder is not None:
+            self.refuse_features(encoder, kwargs)
+        if encoder is None or encoder.unit == "picture":
+            aspect = {"vision_aspect_ratio": kwargs.pop("vision_aspect_ratio", None)}
+            features = self.projected_features(torch.cat(pictures), **kwargs).split(tiles)
+            packed = self.pack_dense(features, image_sizes, kwargs | aspect)
+            return replace(self.adopt(BaseModelOutputWithPooling(pooler_output=packed), method), **known)
+        dense = [self.dense_tokens(size, grid) for size, grid in zip(image_sizes, grids, strict=True)]
+        images: Any = ImageFeatures(dense=dense, grids=grids, **known)
+        made = self._encode_tiles(method, pictures, images.sizes, kwargs)
+        if isinstance(made[0], VisionFeatures):
+            return self.reduced(
+                method, replace(images, vision=made, pooler_output=[x.projected.flatten(0, 1) for x in made])
+            )
+        tokens = [self.pack(tiles, grid) for tiles, grid in zip(made, grids, strict=True)]
+        return replace(images, tokens=tokens, pooler_output=[x.features[0] for x in tokens])
+
+    def _encode_tiles(self, method: Any, pictures: list[Tensor], sizes: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """What its method makes of the tiles of each picture, or has yet to choose from; an item for each tile."""
+        same: dict[Any, list[int]] = {}
+        for i, size in enumerate(sizes):
+            same.setdefault(self.method_for(method, size).encoder, []).append(i)
+        made: dict[int, Any] = {}
+        for encoder, group in same.items():
+            pixels = torch.cat([pictures[i] for i in group])
+            if isinstance(self.vision_tower, SparseCLIPVisionModel):
+                outputs = self.vision_tower(pixels, sparsifier=encoder, return_dict=True, **kwargs)
+                projected = self.multi_modal_projector(outputs.last_hidden_state)
+                found, name = (outputs.vision, "projected") if outputs.tokens is None else (outputs.tokens, "features")
+                found = replace(found.to(projected.device), **{name: projected})
+            else:
+                projected = self.projected_features(pixels, **kwargs)
+                found = VisionFeatures(projected, (self.side, self.side), projected=projected)
+            made |= zip(group, found.split([len(pictures[i]) for i in group]), strict=True)
+        return [made[i] for i in range(len(pictures))]
+
+    def pack(self, tiles: VisualTokens, grid: tuple[int, int]) -> VisualTokens:
+        order = raster_order(tiles.patch_index, grid, self.side)
+        whole = VisualTokens.joined(tiles.split())
+        sizes = whole.token_sizes
+        return replace(
+            whole,
+            features=whole.features[:, order],
+            patch_index=whole.patch_index[:, order],
+            token_sizes=None if sizes is None else sizes[:, order],
+        )
