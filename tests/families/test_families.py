@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 from family_cases import FAMILIES, FAST, Family
+from hub_folder import load_without_the_package
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import llava_sparse
@@ -251,3 +253,18 @@ def test_loading_saving_and_switching(family, tmp_path):
     assert not torch.equal(last(again, batch), expected)
     again.set_sparsity(None)
     assert torch.equal(last(again, batch), last(plain.eval(), batch))
+
+
+@pytest.mark.slow
+@each
+def test_hub_folders_load_without_the_package(family, tmp_path):
+    model = pruned(family, "divprune")
+    sparse = settings(family, "divprune")
+    processor = family.processor(**sparse)
+    saved = processor if family.saves_processor else SimpleNamespace(save_pretrained=lambda folder: None)
+    llava_sparse.hub.save_to_hub_folder(model, saved, tmp_path)
+    batch = batch_of(family, **sparse)
+    got = load_without_the_package(tmp_path, batch, family.saves_processor)
+    expected = model.generate(**batch, max_new_tokens=4, do_sample=False).tolist()
+    assert got["tokens"] == [expected, expected] and got["method"] == "divprune"
+    assert got["processor"] == type(processor if family.saves_processor else None).__name__

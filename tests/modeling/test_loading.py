@@ -12,6 +12,7 @@ import warnings
 import pytest
 import tiny
 import torch
+from hub_folder import load_without_the_package
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -294,28 +295,6 @@ assert PROCESSOR_MAPPING[llava_sparse.SparseLlavaConfig].__name__ == "SparseLlav
     assert done.returncode == 0, done.stderr
 
 
-HUB_SCRIPT = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "llava_sparse":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Blocked())
-import json, torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
-folder = sys.argv[1]
-inputs = torch.load(folder + "/inputs.pt", weights_only=True)
-config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-tokens = []
-for auto in (AutoModel, AutoModelForImageTextToText):
-    model, info = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
-    tokens.append(model.eval().generate(**inputs, max_new_tokens=4, do_sample=False).tolist())
-print(json.dumps({"method": config.sparse_method, "processor": type(processor).__name__, "tokens": tokens}))
-"""
-
-
 @pytest.mark.parametrize(
     "case", [tiny.CASES[0], pytest.param(tiny.CASES[2], marks=pytest.mark.slow)], ids=lambda case: case.name
 )
@@ -332,17 +311,7 @@ def test_hub_folder_loads_without_the_package(case, dense, tmp_path, processor_c
     )
     hub.save_to_hub_folder(model, processor, tmp_path)
     batch = tiny.inputs(processor, tiny.QUESTIONS)
-    torch.save(batch, tmp_path / "inputs.pt")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "HF_MODULES_CACHE": str(tmp_path / "modules")
-    }
-    script = tmp_path / "load.py"
-    script.write_text(HUB_SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    got = json.loads(done.stdout.splitlines()[-1])
+    got = load_without_the_package(tmp_path, batch)
     expected = model.generate(**batch, max_new_tokens=4, do_sample=False).tolist()
     assert got["tokens"] == [expected, expected]
     assert got["method"] == case.method
