@@ -23,8 +23,9 @@ from .pruning_items import ImageFeatures
 from .pruning_ops import cluster_mean, image_fingerprints, rows_at
 from .pruning_types import VisionFeatures, VisualTokens
 
-# Names of published checkpoints, and ours; what stands below applies to what stands above it has made.
+# Names of published checkpoints, and ours. Saving goes through them from below, and takes a dot for any character.
 RENAMED = {
+    r"^model\.vision_tower_aux\.": "model.aux_tower.",
     r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",
     r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
     r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
@@ -59,6 +60,10 @@ class MiniGeminiAuxTower(ConvNextModel):
     def __init__(self, config: ConvNextConfig) -> None:
         super().__init__(config)
         self.layernorm = nn.Identity()
+
+    def get_correct_attn_implementation(self, *args: Any, **kwargs: Any) -> str:
+        """It has no attention, and goes with whatever backend the rest of a model is set to."""
+        return "eager"
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encodes `(images, 3, height, width)` pixels."""
@@ -96,7 +101,7 @@ class SparseMiniGeminiModel(SparseLlavaModel):
         sizes, depths = config.aux_hidden_sizes, config.aux_depths
         aux = ConvNextConfig(hidden_sizes=sizes, depths=depths, num_stages=len(sizes), hidden_act="gelu")
         low, high = config.vision_config.hidden_size, sum(sizes)
-        self.vision_tower_aux = MiniGeminiAuxTower(aux)
+        self.aux_tower = MiniGeminiAuxTower(aux)
         self.vlm_uni_query_projector = nn.Sequential(nn.LayerNorm(low), nn.Linear(low, low))
         self.vlm_uni_aux_projector = nn.Sequential(nn.LayerNorm(high), nn.Linear(high, low))
         self.vlm_uni_val_projector = nn.Sequential(nn.LayerNorm(high), nn.Linear(high, low))
@@ -202,7 +207,7 @@ class SparseMiniGeminiModel(SparseLlavaModel):
 
     def aux_features(self, pixel_values_aux: Tensor) -> Tensor:
         """High-resolution features of each tile, `(images * tiles, channels, side, side)`; the whole one's shrunk."""
-        features, grid = self.vision_tower_aux(pixel_values_aux), self.config.image_grid
+        features, grid = self.aux_tower(pixel_values_aux), self.config.image_grid
         if grid == 1:
             return features
         tiles = tiles_of(features, grid)

@@ -245,4 +245,52 @@ LLAVA_ONEVISION = Family(
     refused=TOWER,
 )
 
-FAMILIES = [LLAVA, LLAVA_NEXT, LLAVA_ONEVISION]
+# --- Mini-Gemini -------------------------------------------------------------------------------------------------
+
+# In four tiles and as a whole, each of 16 patches; every patch mines 4 x 4 vectors.
+GEMINI = {"image_size_aux": 128, "image_grid": 2, "image_global": True}
+
+
+def gemini_model(backbone: str = "llama", **changes: Any) -> Any:
+    """A dense Mini-Gemini around the parts of `tiny.dense_model`."""
+    torch.manual_seed(1)
+    config = llava_sparse.SparseMiniGeminiConfig(
+        vision_config=tiny.vision_config(),
+        text_config=tiny.text_config(backbone),
+        image_token_index=4,
+        aux_hidden_sizes=[8, 12, 16, 20],
+        aux_depths=[1, 1, 2, 1],
+        **(GEMINI | changes),
+    )
+    model = llava_sparse.SparseMiniGeminiForConditionalGeneration(config).eval()
+    told = model.load_state_dict(tiny.dense_model(backbone).state_dict(), strict=False)
+    assert not told.unexpected_keys and all("aux" in key or "vlm_uni" in key for key in told.missing_keys)
+    for part in (model.model.vlm_uni_query_projector, model.model.vlm_uni_aux_projector):
+        torch.nn.init.normal_(part[1].weight, std=0.3)
+    torch.nn.init.normal_(model.model.vlm_uni_val_projector[1].weight, std=0.1)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def gemini_processor(**settings: Any) -> Any:
+    return tiny.processor(llava_sparse.SparseMiniGeminiProcessor, **(GEMINI | settings))
+
+
+def gemini_checkpoint(folder: Path, backbone: str = "llama") -> Path:
+    """Under published key names, to which saving turns them back."""
+    gemini_model(backbone).save_pretrained(folder)
+    gemini_processor().save_pretrained(folder)
+    return folder
+
+
+MINI_GEMINI = Family(
+    name="mini_gemini",
+    make=gemini_model,
+    processor=gemini_processor,
+    inputs=next_inputs,
+    budget=20,
+    save=gemini_checkpoint,
+    dense_at_all=("divprune", "eadp", "fastv", "pyramiddrop", "scope", "vispruner", "random", "cdpruner"),
+)
+
+FAMILIES = [LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, MINI_GEMINI]

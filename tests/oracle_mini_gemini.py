@@ -66,7 +66,7 @@ class GeminiCase:
             lambda module, args, kwargs: entered.update(kwargs), with_kwargs=True
         )
         inputs = self.inputs()
-        assert_close(model.vision_tower_aux(inputs["pixel_values_aux"]), want["aux_features"], "aux_features")
+        assert_close(model.aux_tower(inputs["pixel_values_aux"]), want["aux_features"], "aux_features")
         logits = self.model(**inputs).logits
         images = len(want["features"])
         query, found = (torch.stack(x.split(len(x) // images)) for x in mined[0])
