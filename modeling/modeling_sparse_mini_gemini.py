@@ -262,3 +262,14 @@ class SparseMiniGeminiForConditionalGeneration(SparseLlavaForConditionalGenerati
         self.model = SparseMiniGeminiModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        pixel_values_aux: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ImageFeatures:
+        """See `SparseMiniGeminiModel.get_image_features`."""
+        features: ImageFeatures = self.model.get_image_features(pixel_values, pixel_values_aux, question_ids, **kwargs)
+        return features

@@ -293,7 +293,8 @@ class PrunedModelMixin(VisualItemsMixin):
             self.placeholders(request.input_ids, embeds, name) if marked is None else marked for name in self.modalities
         ]
         request.layout = layout = PromptLayout.of(torch.stack(marks).any(0), mask, request.prompt_length)
-        if self.training and request.prompt_length is None and request.method.looks_at_question:
+        asks = request.method is not None and request.method.looks_at_question
+        if self.training and request.prompt_length is None and asks:
             logger.warning_once(
                 f"{request.method.name} looks at the question, and in this pass nothing says where prompts end, so "
                 "that answers in them choose the tokens that predict them: pass labels, or, where the loss is not the "

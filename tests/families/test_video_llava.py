@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from cases import CASES
+from hub_folder import load_without_the_package
 from transformers import (
     AutoModelForImageTextToText,
     VideoLlavaConfig,
@@ -181,7 +182,7 @@ def test_budgets_are_of_a_video(dense, method, budget, frames):
     """Exactly so many tokens of a video, at most all; a ratio of what it has; CLS of every frame is one of them."""
     model = llava_sparse.sparsify(dense, method, budget)
     inputs = batch("a V b I c", frames=frames, written=(PATCHES, FRAME * frames))
-    out = model(**inputs, output_selection=True)
+    out = model(**inputs, output_selection=True, as_passed=False)
     tokens = FRAME * frames
     expected = min(budget, tokens) if isinstance(budget, int) else round(budget * tokens)
     if method == "visionzip":
@@ -288,6 +289,15 @@ def test_loading_and_saving(dense, tmp_path):
             torch.testing.assert_close(one(**inputs).logits, expected)
 
 
+def test_a_hub_folder_loads_without_the_package(dense, tmp_path):
+    """The tokenizer alone beside it: the stock video processor needs torchvision."""
+    model, inputs = llava_sparse.sparsify(dense, "visionzip", 40), batch("a V b I c")
+    llava_sparse.hub.save_to_hub_folder(model, tiny.tokenizer(), tmp_path)
+    got = load_without_the_package(tmp_path, inputs)
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False).tolist()
+    assert got["method"] == "visionzip" and got["tokens"] == [expected, expected]
+
+
 class Frames:
     """Stands for the stock video processor, which needs torchvision: frames as the image processor has them."""
 
@@ -354,4 +364,7 @@ def test_the_sparse_processor_writes_what_enters_the_decoder(dense, processor_of
     else:
         assert short["input_ids"].shape[1] < long["input_ids"].shape[1]
         # Nothing is left to be dropped.
-        assert model(**short).logits.shape[1] == short["input_ids"].shape[1] or "+" in settings["sparse_method"]
+        assert (
+            model(**short, as_passed=False).logits.shape[1] == short["input_ids"].shape[1]
+            or "+" in settings["sparse_method"]
+        )
