@@ -1,0 +1,1 @@
+"""Fine-tuning with few visual tokens; see finetune.py."""
