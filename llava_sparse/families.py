@@ -63,6 +63,9 @@ FAMILIES = {
         Family("llava_onevision", "LlavaOnevision", "LLaVA-OneVision"),
         Family("video_llava", "VideoLlava", "Video-LLaVA"),
         Family("mini_gemini", "MiniGemini", "Mini-Gemini", published_type="mgm"),
+        Family("qwen2_vl", "Qwen2VL", "Qwen2-VL"),
+        Family("qwen2_5_vl", "Qwen2_5_VL", "Qwen2.5-VL"),
+        Family("qwen3_vl", "Qwen3VL", "Qwen3-VL"),
     )
 }
 

@@ -12,8 +12,8 @@ from transformers.utils import logging
 
 from .pruning_builtin import VisionZip as VisionZip  # With it, all methods are registered.
 from .pruning_methods import Sparsifier
-from .pruning_registry import method_classes, resolve
-from .pruning_settings import FIELDS, Sparsity, as_lists, nearest, option_fields, shown
+from .pruning_registry import METHODS, list_methods, method_classes, resolve
+from .pruning_settings import FIELDS, PRESET_PATCHES, Sparsity, as_lists, nearest, option_fields, shown
 from .pruning_types import Geometry
 
 DECODERS = ("llama", "mistral", "qwen2")
@@ -45,10 +45,34 @@ def build_method(config: Any, settings: Sparsity) -> Sparsifier | None:
     text = getattr(config, "text_config", None)
     vision = getattr(config, "vision_config", config)
     feature_layer = getattr(config, "vision_feature_layer", -2)
-    for part in () if settings.method is None else method_classes(settings.method):
-        _check_parts(part, vision, text, feature_layer)
+    geometry = getattr(config, "sparse_geometry", None) or _geometry(config)
+    classes = () if settings.method is None else method_classes(settings.method)
+    for part in classes:
+        if geometry.has_cls:
+            _check_parts(part, vision, text, feature_layer)
+        else:
+            _check_without_cls(part, vision)
+    if geometry.dynamic:
+        _check_gathered([part.name for part in classes], settings)
+    method = resolve(settings, geometry)
+    if method is not None:
+        _check_agreement(method, settings, geometry)
+        encoder, depth = method.encoder, geometry.encoder_layers
+        if encoder is not None and not geometry.has_cls and encoder.feature_layer % depth != depth - 1:
+            raise ValueError(
+                f"`sparse_layers`: {encoder.name} takes what this tower gives behind its last layer, {depth - 1}, got "
+                f"{shown(settings.layers)}."
+            )
+        _tell_apart(settings.budget, geometry.tokens)
+    return method
+
+
+def _geometry(config: Any) -> Geometry:
+    """The sizes of a model whose pictures are all alike."""
+    text, vision = getattr(config, "text_config", None), getattr(config, "vision_config", config)
+    feature_layer = getattr(config, "vision_feature_layer", -2)
     layer = feature_layer if isinstance(feature_layer, int) else feature_layer[0]
-    geometry = Geometry(
+    return Geometry(
         patches=(vision.image_size // vision.patch_size) ** 2,
         encoder_layers=vision.num_hidden_layers,
         decoder_layers=0 if text is None else text.num_hidden_layers,
@@ -57,11 +81,32 @@ def build_method(config: Any, settings: Sparsity) -> Sparsifier | None:
         tiles=getattr(config, "tiles_per_image", 1),
         frames=getattr(config, "frames_per_video", None),
     )
-    method = resolve(settings, geometry)
-    if method is not None:
-        _check_agreement(method, settings, geometry)
-        _tell_apart(settings.budget, geometry.tokens)
-    return method
+
+
+def _check_without_cls(method: type[Sparsifier], vision: Any) -> None:
+    """Refuses a method that a tower without CLS, whose patches are merged behind it, cannot serve."""
+
+    def fits(one: Any) -> bool:
+        return one.place != "layers" and not getattr(one, "needs_cls", False)
+
+    if not fits(method):
+        what = "reads the attention of CLS" if method.place == "tower" else "works between the layers of a CLIP tower"
+        raise ValueError(
+            f"`sparse_method`={method.name!r} {what}, which {vision.model_type!r} is not made for; supported: "
+            f"{', '.join(name for name in list_methods() if fits(METHODS[name]))}."
+        )
+
+
+def _check_gathered(names: list[str], settings: Sparsity) -> None:
+    """Refuses to renumber tokens that keep the position of their place in the picture."""
+    options = settings.options if isinstance(settings.options, dict) else {}
+    for name in names:
+        own = options if len(names) == 1 else options.get(name)
+        if isinstance(own, dict) and own.get("positions") == "compact":
+            raise ValueError(
+                f"`sparse_options`: positions='compact' of {name}: tokens of this model keep the position of their "
+                "place in the picture (M-RoPE); 'original' is allowed, or nothing."
+            )
 
 
 def _check_parts(method: type[Sparsifier], vision: Any, text: Any, feature_layer: int | list[int]) -> None:
@@ -259,6 +304,31 @@ def refuse_named_files(settings: Any) -> None:
                     f"the checkpoint's sparse_options name a model to be loaded, {name}={shown(own[name])}; it is "
                     f"loaded only if you name it: from_pretrained(..., sparse_options={shown(options)})."
                 )
+
+
+class DynamicFieldsMixin(SparseFieldsMixin):
+    """The five fields of a model whose pictures are of any size, and whose tower has no CLS.
+
+    Tokens are those behind the tower's merger, of a picture or a whole video. A ratio, in `sparse_budget` or
+    `sparse_budgets`, is of those that each of them has; a number is one at most: of what has fewer tokens, all stay.
+    `sparse_layers` and `sparse_budgets` show what a budget comes to for a picture of 576 tokens; all pictures have the
+    same layers.
+    """
+
+    vision_config: Any
+    text_config: Any
+
+    @property
+    def sparse_geometry(self) -> Geometry:
+        """What presets and checks depend on: presets are made for a picture of as many tokens as LLaVA-1.5's."""
+        return Geometry(
+            patches=PRESET_PATCHES,
+            encoder_layers=self.vision_config.depth,
+            decoder_layers=self.text_config.num_hidden_layers,
+            feature_layer=-1,
+            dynamic=True,
+            has_cls=False,
+        )
 
 
 class SparseCLIPVisionConfig(SparseFieldsMixin, CLIPVisionConfig):

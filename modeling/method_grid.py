@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,7 +87,9 @@ class PooledTokens(EncoderSparsifier):
         features = cluster_mean(to_float(x), cells.expand(items, -1), self.tokens, epsilon=0.0)
         index, merged = number_cells(cells, self.tokens)
         scores = torch.ones(x.shape[:2], device=x.device)
-        return VisualTokens(features.to(x.dtype), index.expand(items, -1), scores, merged.expand(items, -1))
+        middle = torch.tensor(grid_patches(self.tokens, *vision.grid), device=x.device).expand(items, -1)
+        tokens = VisualTokens(features.to(x.dtype), index.expand(items, -1), scores, merged.expand(items, -1))
+        return replace(tokens, anchors=middle)
 
 
 def number_cells(cells: Tensor, count: int) -> tuple[Tensor, Tensor]:

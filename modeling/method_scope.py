@@ -59,6 +59,7 @@ class Scope(EncoderSparsifier):
     summary = "keeps salient patches that cover what the others do not"
     cost = "N^2 d + k N^2"
     needs_attention = True
+    needs_cls = True
 
     alpha: float = option(1.0, "exponent of the saliency of a patch", low=0)
     combined: str = option("multi", "how saliency joins the gain of coverage", choices=COMBINED)

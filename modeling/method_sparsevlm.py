@@ -297,7 +297,7 @@ class SparseVLM(DecoderSparsifier):
         return rater_mean(per_rater, attention.raters)
 
     def counts(self, stage: int, images: int, attention: RaterAttention) -> list[int]:
-        rows, visual = attention.visual_positions.shape
+        rows, visual = attention.visual_positions.shape[:2]
         if self.version != "1.0":
             # Published: one always goes. Recycled it is there again; gone, it would make the ablation shorter.
             most = visual if self.version == "1.5" and not self.recycle else visual - 1

@@ -14,7 +14,9 @@ from .pruning_settings import Sparsity, as_lists, check_budget, check_counts, ch
 from .pruning_types import Geometry, VisionFeatures, VisualTokens
 
 
-def contextual_tokens(hidden: Tensor, metric: Tensor, dominant: Tensor, contextual: int) -> tuple[Tensor, Tensor]:
+def contextual_tokens(
+    hidden: Tensor, metric: Tensor, dominant: Tensor, contextual: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The contextual tokens (paper, section 3.2): the other tokens merged into a uniform sample of themselves.
 
     Every other token joins the target of most similar key; a contextual token is target + mean of its members.
@@ -25,7 +27,8 @@ def contextual_tokens(hidden: Tensor, metric: Tensor, dominant: Tensor, contextu
         contextual: M, the number of targets; at most N - d.
 
     Returns:
-        tokens `(items, M, channels)` and the target `(items, N)` of every patch, -1 for dominant ones.
+        tokens `(items, M, channels)`, the target `(items, N)` of every patch, -1 for dominant ones, and the patches
+        `(items, M)` that are targets, ascending.
     """
     items, length, _ = hidden.shape
     others = length - dominant.shape[1]
@@ -42,7 +45,8 @@ def contextual_tokens(hidden: Tensor, metric: Tensor, dominant: Tensor, contextu
     tokens = rest[:, : step * contextual : step] + cluster_mean(rest, members, contextual, epsilon=0.0)
 
     owner = torch.where(is_target, position // step, nearest)
-    return tokens, torch.full_like(taken, -1).scatter(1, remaining, owner)
+    targets = remaining[:, : step * contextual : step]
+    return tokens, torch.full_like(taken, -1).scatter(1, remaining, owner), targets
 
 
 @register_method
@@ -63,6 +67,11 @@ class VisionZip(EncoderSparsifier):
     Complexity: N x M similarities per image; no attention matrix, one row of it per head.
     Several images: each is reduced on its own. The layer is the one LLaVA takes its features from, -2 if there are
     several. Departs from the published code in that M = 0 is allowed.
+
+    Towers without CLS (as published for Qwen2.5-VL): s_p is the attention that p receives from all patches, mean over
+    heads; all D dominant tokens are patches; both kinds are made of the features that enter the decoder, and a
+    contextual token stands where its target stood, among the dominant ones. A ratio d is D = int(d N) of the N tokens
+    of a picture; where numbers are more than N, M is less, then D.
     """
 
     name = "visionzip"
@@ -78,11 +87,12 @@ class VisionZip(EncoderSparsifier):
 
     @classmethod
     def resolve(cls, geometry: Geometry, settings: Sparsity) -> VisionZip:
-        return cls((cls.check_layer(geometry, settings.layers),), cls._counts(geometry.patches, settings))
+        layer = cls.check_layer(geometry, settings.layers)
+        return cls((layer,), cls._counts(geometry.patches, settings, geometry.has_cls, geometry.dynamic))
 
     @classmethod
-    def _counts(cls, patches: int, settings: Sparsity) -> tuple[int, int]:
-        """D and M."""
+    def _counts(cls, patches: int, settings: Sparsity, has_cls: bool = True, dynamic: bool = False) -> tuple[int, int]:
+        """D and M; of a picture that has fewer tokens, where these are of any size, M is less."""
         check_options(cls, settings.options)
         budget, budgets = check_budget(settings.budget, patches), settings.budgets
         if budgets is None:
@@ -90,11 +100,15 @@ class VisionZip(EncoderSparsifier):
                 raise cls.needs_budget("[dominant, contextual]")
             contextual = int(budget * 5 / 32 + 0.5)
             return budget - contextual, contextual
-        dominant, contextual = check_counts("sparse_budgets", budgets, 0, patches + 1, 2)
-        if not is_count(dominant, 1, patches + 1 - contextual):
+        most = patches + has_cls
+        dominant, contextual = check_counts("sparse_budgets", budgets, 0, most, 2, of=patches)
+        if dynamic and (patches == 1 or not any(isinstance(v, float) for v in budgets)):
+            contextual = min(contextual, most - dominant)
+        if not is_count(dominant, 1, most - contextual):
+            counted = " (it counts CLS)" if has_cls else ""
             raise ValueError(
-                f"`sparse_budgets` must be [dominant, contextual]: dominant must be at least 1 (it counts CLS), both "
-                f"together at most {patches + 1}, the tokens of the encoder, got {shown(as_lists(budgets))}."
+                f"`sparse_budgets` must be [dominant, contextual]: dominant must be at least 1{counted}, both "
+                f"together at most {most}, the tokens of the encoder, got {shown(as_lists(budgets))}."
             )
         return dominant, contextual
 
@@ -110,13 +124,19 @@ class VisionZip(EncoderSparsifier):
         cls, saliency, keys = (getattr(vision, name) for name in ("cls", "saliency", "keys"))
         dominant, contextual = self.budgets
         hidden, scores = vision.features, saliency.sum(1)
-        index = best(scores, dominant - 1)
-        features = torch.cat([cls[:, None], rows_at(hidden, index)], dim=1)
-        patch_index = torch.nn.functional.pad(index, (1, 0), value=-1)
+        index = best(scores, dominant - (cls is not None))
+        features, patch_index, anchors = rows_at(hidden, index), index, index
+        if cls is not None:
+            features = torch.cat([cls[:, None], features], dim=1)
+            patch_index = torch.nn.functional.pad(index, (1, 0), value=-1)
         merged = None
         if contextual:
-            tokens, merged = contextual_tokens(to_float(hidden), to_float(keys).mean(1), index, contextual)
+            tokens, merged, targets = contextual_tokens(to_float(hidden), to_float(keys).mean(1), index, contextual)
             features = torch.cat([features, tokens.to(hidden.dtype)], dim=1)
             made = torch.arange(contextual, device=index.device) + scores.shape[1]
             patch_index = torch.cat([patch_index, made.expand(len(index), -1)], dim=1)
-        return VisualTokens(features, patch_index, scores, merged)
+            anchors = torch.cat([index, targets], dim=1)
+        if cls is not None:
+            return VisualTokens(features, patch_index, scores, merged)
+        anchors, order = anchors.sort(dim=-1)
+        return VisualTokens(rows_at(features, order), rows_at(patch_index, order), scores, merged, anchors=anchors)

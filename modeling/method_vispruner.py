@@ -64,6 +64,7 @@ class VisPruner(EncoderSparsifier):
     summary = "keeps what CLS attends to, and of the rest what is least alike"
     cost = "N^2 d"
     needs_attention = True
+    needs_cls = True
 
     important: float = option(0.5, "the share of patches that stay for their attention", low=0, high=1)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, DynamicCache
@@ -40,8 +41,12 @@ class PrunedDecoderMixin:
 
     Without that, and with a cache of whole prompts, it is the stock forward. The state of a request is in arguments and
     in the cache: the model can serve several threads.
+
+    Attributes:
+        position_axes: how many position ids a token has: three, in M-RoPE.
     """
 
+    position_axes: ClassVar[int] = 1
     config: Any
     embed_tokens: nn.Module
     layers: Any
@@ -107,8 +112,10 @@ class PrunedDecoderMixin:
         cache: Cache | None,
         pruning: DecoderPruning | None,
         use_cache: bool | None = None,
+        added: Sequence[Tensor] = (),
         **kwargs: Any,
     ) -> SparseDecoderOutput:
+        """As `forward`; each of `added`, `(batch, length, channels)`, is for the output of one of the first layers."""
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         run = DecoderRun(self, inputs_embeds, attention_mask, position_ids, cache)
@@ -116,7 +123,9 @@ class PrunedDecoderMixin:
             run.open(pruning)
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             arguments = run.before(index)
-            run.hidden = layer(run.hidden, position_ids=run.position_ids, use_cache=use_cache, **arguments, **kwargs)
+            run.hidden = layer(run.hidden, use_cache=use_cache, **arguments, **kwargs)
+            if index < len(added):
+                run.add(added[index])
             run.after(index)
         columns, selection = run.close()
         return SparseDecoderOutput(

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from .pruning_cache import CACHE, remember, remembered
-from .pruning_inputs import DecoderInputs, translate
+from .pruning_inputs import DecoderInputs, positions_gathered, translate
 from .pruning_ops import rows_at
-from .pruning_sequence import PADDING, PromptLayout, of_caller, plan_compaction
+from .pruning_sequence import PADDING, Compaction, PromptLayout, of_caller, plan_compaction
 from .pruning_stage import DecoderPruning
 
 
@@ -46,14 +47,18 @@ def decode_apart(
     first = decoder(
         inputs_embeds=front.apply(embeds),
         attention_mask=prompts.valid,
-        position_ids=None if positions is None else front.apply(positions.expand(batch, -1)),
+        position_ids=_moved(positions, front, batch),
         pruning=replace(pruning, layout=prompts),
-        **kwargs,
+        **kwargs | ({"visual_pos_masks": prompts.visual} if "visual_pos_masks" in kwargs else {}),
     )
+    for name in ("visual_pos_masks", "deepstack_visual_embeds"):  # They are of the prompts.
+        kwargs.pop(name, None)
     plain = front.valid is None and behind.valid is None
     mask = None if plain else torch.cat([front.there, behind.there], dim=1)
     rest = DecoderInputs(behind.apply(embeds), mask, None)
     rest = translate(rest, remembered(held)[0], held)
+    if pruning.gathered:
+        rest = replace(rest, position_ids=_moved(positions, behind, batch))
     second = decoder(
         inputs_embeds=rest.embeds, attention_mask=rest.attention_mask, position_ids=rest.position_ids, **kwargs
     )
@@ -75,3 +80,10 @@ def decode_apart(
     second.columns, second.selection = columns.gather(1, order), stages
     second[CACHE] = held if keeps else None
     return second
+
+
+def _moved(positions: Tensor | None, plan: Compaction, batch: int) -> Tensor | None:
+    """Position ids, of one axis or several, after a compaction."""
+    if positions is None or positions.dim() == 2:
+        return None if positions is None else plan.apply(positions.expand(batch, -1))
+    return positions_gathered(positions.expand(-1, batch, -1), plan)

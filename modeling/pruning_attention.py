@@ -52,12 +52,12 @@ class RowTap:
         return getattr(self.cache, name)
 
     def take(self, attention: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
-        self.query = _split_heads(attention.q_proj(rows_at(hidden, self.columns)), attention.head_dim)
+        self.query = _heads(attention, "q", rows_at(hidden, self.columns))
         if rotary is not None:
             tables = [rows_at(table.expand(hidden.shape[0], -1, -1), self.columns) for table in rotary]
             self.query = apply_rotary_pos_emb(self.query, self.query, *tables)[0]
         if self.project_keys:
-            self.key = _split_heads(attention.k_proj(hidden), attention.head_dim)
+            self.key = _heads(attention, "k", hidden)
             if rotary is not None:
                 self.key = apply_rotary_pos_emb(self.key, self.key, *rotary)[0]
         if self.query.shape[1] < attention.config.num_attention_heads:
@@ -75,8 +75,11 @@ class RowTap:
         return torch.cat(parts, dim=1)
 
 
-def _split_heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+def _heads(attention: Any, kind: str, hidden: Tensor) -> Tensor:
+    """Queries ("q") or keys ("k") of `(batch, n, channels)`, normed where the module norms them."""
+    x = getattr(attention, f"{kind}_proj")(hidden).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{kind}_norm", None)
+    return (x if norm is None else norm(x)).transpose(1, 2)
 
 
 def _take_from_call(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -12,7 +12,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .pruning_attention import TAP, RowTap, row_probabilities
 from .pruning_cache import CACHE, ShortenedPrompt, remember, remembered
-from .pruning_ops import autocast_disabled
+from .pruning_ops import autocast_disabled, rows_at
 from .pruning_record import record_stage
 from .pruning_sequence import VisualGroup
 from .pruning_stage import (
@@ -35,7 +35,7 @@ class DecoderRun:
 
     Attributes:
         hidden: `(batch, length, channels)`, what enters the next layer.
-        position_ids: `(batch, length)` of the tokens as they entered the decoder.
+        position_ids: `(batch, length)` of the tokens as they entered the decoder; `(batch, length, axes)` of M-RoPE.
     """
 
     def __init__(
@@ -51,6 +51,10 @@ class DecoderRun:
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = past + torch.arange(self.length, device=embeds.device).expand(len(embeds), -1)
+        if decoder.position_axes > 1:
+            # A row before the axes, of samples packed into one, is for masks that are not made here.
+            axes = position_ids[-decoder.position_axes :] if position_ids.dim() == 3 else position_ids[None]
+            position_ids = axes.expand(decoder.position_axes, -1, -1).movedim(0, -1)
         self.position_ids = position_ids
         self.attention_mask = attention_mask
         self.masks: dict[str, Any] = {}
@@ -92,7 +96,15 @@ class DecoderRun:
             tap = RowTap(self._rows().columns, self.cache, project_keys=checkpointed)
         self.tap = tap
         arguments = {"attention_mask": self.masks[self.kinds[index]], "position_embeddings": self.rotary}
+        arguments["position_ids"] = self.position_ids if self.position_ids.dim() == 2 else None
         return arguments | ({CACHE: self.cache} if tap is None else {CACHE: tap, TAP: tap})
+
+    def add(self, features: Tensor) -> None:
+        """Adds `(batch, length, channels)`, of the tokens as they entered the decoder, to those that are left."""
+        if self.prompt is not None:
+            columns = self.prompt.columns.to(features.device)
+            features = rows_at(features, columns.clamp(min=0)).masked_fill(columns[..., None] < 0, 0)
+        self.hidden = self.hidden + features.to(self.hidden)
 
     def after(self, index: int) -> None:
         """Prunes a layer's output, where the method does."""
@@ -107,7 +119,7 @@ class DecoderRun:
             return None, None
         method = self.pruning.method
         if method.trim_cache and self.cache is not None:
-            trim_cache(self.cache, method.pruned_layers, self.prompt, self.length, method.positions)
+            trim_cache(self.cache, method.pruned_layers, self.prompt, self.length, self.pruning.positions)
         return self.prompt.columns, tuple(self.selections) if self.pruning.output_selection else None
 
     def _stage(self, layer: int) -> int | None:
@@ -133,7 +145,13 @@ class DecoderRun:
                     allow_is_causal_skip=valid is None,
                     **{CACHE: self.cache},
                 )
-        self.rotary = self.decoder.rotary_emb(hidden, position_ids=position_ids.to(hidden.device))
+        self.rotary = self._rotary(hidden, position_ids.to(hidden.device))
+
+    def _rotary(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables, of the dtype of `like`."""
+        if position_ids.dim() == 3:
+            position_ids = position_ids.movedim(-1, 0)
+        return self.decoder.rotary_emb(like, position_ids=position_ids)
 
     def _resume(self, first: int, prompt: ShortenedPrompt) -> None:
         """Goes on with new tokens in a run of layers that holds a shortened prompt."""
@@ -179,14 +197,14 @@ class DecoderRun:
         if pruning.output_selection:
             raters = torch.where(rows.rates, prompt.columns.gather(1, rows.columns), -1)
             self.selections.append(record_stage(layer, reductions, raters))
-        self.hidden, self.prompt = apply_reductions(reductions, self.hidden, prompt, method.positions)
+        self.hidden, self.prompt = apply_reductions(reductions, self.hidden, prompt, pruning.positions)
 
     def _go_on(self, following: int) -> None:
         """The layers from `following` on see what is left of the prompt; the cache is told."""
         pruning: Any = self.pruning
         prompt: Any = self.prompt
         if self.cache is not None and following < self.decoder.config.num_hidden_layers:
-            held = ShortenedPrompt(prompt.valid, self.hidden.shape[1], self.length, pruning.method.positions)
+            held = ShortenedPrompt(prompt.valid, self.hidden.shape[1], self.length, pruning.positions)
             remember(self.cache, following, held)
         self._begin(following, self.hidden, prompt.valid, prompt.position_ids)
 
@@ -219,13 +237,13 @@ class DecoderRun:
         scaling, positions = self.decoder.layers[layer].self_attn.scaling, group.take(prompt.position_ids)
 
         def rotary(position_ids: Tensor) -> tuple[Tensor, Tensor]:
-            return self.decoder.rotary_emb(query.new_empty(0, dtype=torch.float32), position_ids=position_ids)
+            return self._rotary(query.new_empty(0, dtype=torch.float32), position_ids)
 
         return RaterAttention(
             probabilities=tap.of_all_heads(row_probabilities(query, key, scaling, group.columns, visible)),
             raters=group.take(rows.rates)[:, block],
-            rater_positions=positions.gather(1, columns),
-            visual_positions=positions.gather(1, group.columns),
+            rater_positions=rows_at(positions, columns),
+            visual_positions=rows_at(positions, group.columns),
             rotary=rotary,
             numbers=group.numbers,
             fingerprints=group.take(prompt.fingerprints),

@@ -167,4 +167,6 @@ def _of_dense(encoded: Any, items: int) -> ImageFeatures:
     features = encoded.pooler_output
     if torch.is_tensor(features):
         features = features.reshape(items, -1, features.shape[-1])
-    return ImageFeatures(pooler_output=list(features), dense=[len(x) for x in features], snapshot=(None,))
+    stacked = getattr(encoded, "deepstack_features", None)
+    dense = [len(x) for x in features]
+    return ImageFeatures(pooler_output=list(features), dense=dense, snapshot=(None,), deepstack_features=stacked)

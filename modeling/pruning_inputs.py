@@ -24,7 +24,8 @@ class DecoderInputs:
 
     Attributes:
         embeds: `(batch, length, channels)`.
-        attention_mask: `(batch, past + length)` or None; position_ids: `(batch, length)` or None.
+        attention_mask: `(batch, past + length)` or None; position_ids: `(batch, length)`, `(axes, batch, length)` where
+            they are gathered, or None.
         columns: `(batch, length)` int64, the caller's columns, `PADDING` for padding; None if they are the same.
         shortened: what layer 0 of the cache then holds; None if that is what the caller counts.
     """
@@ -135,12 +136,18 @@ def question_of(embeds: Tensor, layout: PromptLayout, images: Sequence[int], ids
 
 
 def place_features(
-    inputs: DecoderInputs, layout: PromptLayout, features: Sequence[Tensor], written: Sequence[int], cache: Cache | None
+    inputs: DecoderInputs,
+    layout: PromptLayout,
+    features: Sequence[Tensor],
+    written: Sequence[int],
+    cache: Cache | None,
+    places: Sequence[Tensor] | None = None,
 ) -> tuple[DecoderInputs, PromptLayout]:
     """Puts the features of each image, `(tokens, channels)`, in place of the placeholders that `layout` marks.
 
     Args:
         written: placeholders of each image; those that no token is left for are dropped, behind the others.
+        places: where positions are gathered, which placeholders of each image stay, `(tokens,)` int64, ascending.
 
     Returns:
         the inputs and their layout.
@@ -148,25 +155,33 @@ def place_features(
     if not features:
         return inputs, layout
     kept = [len(image) for image in features]
-    if kept != list(written):
-        inputs, layout = drop_surplus(inputs, layout, kept, written, cache)
+    if places is not None or kept != list(written):
+        inputs, layout = drop_surplus(inputs, layout, kept, written, cache, places)
     mask = layout.visual[..., None].expand_as(inputs.embeds)
     values = torch.cat(list(features)).to(inputs.embeds.device, inputs.embeds.dtype)
     return replace(inputs, embeds=inputs.embeds.masked_scatter(mask, values)), layout
 
 
 def drop_surplus(
-    inputs: DecoderInputs, layout: PromptLayout, kept: Sequence[int], written: Sequence[int], cache: Cache | None
+    inputs: DecoderInputs,
+    layout: PromptLayout,
+    kept: Sequence[int],
+    written: Sequence[int],
+    cache: Cache | None,
+    places: Sequence[Tensor] | None = None,
 ) -> tuple[DecoderInputs, PromptLayout]:
-    """Of the `written` placeholders of every image the first `kept` stay."""
+    """Of the `written` placeholders of every image the first `kept` stay, or those at `places`."""
     embeds, batch = inputs.embeds, len(inputs.embeds)
     length = embeds.shape[1]
-    if len(set(written)) == 1 and len(set(kept)) == 1:
+    if places is None and len(set(written)) == 1 and len(set(kept)) == 1:
         stays = (layout.visual.cumsum(1) - 1) % written[0] < kept[0]
         removed = [count // written[0] * (written[0] - kept[0]) for count in layout.visual_counts]
     else:
-        each = torch.cat([torch.arange(n) < k for k, n in zip(kept, written, strict=True)])
-        stays = torch.ones_like(layout.visual).masked_scatter(layout.visual, each.to(embeds.device))
+        each = torch.cat([torch.arange(n) < k for k, n in zip(kept, written, strict=True)]).to(embeds.device)
+        if places is not None:
+            starts = on_device([sum(written[:i]) for i, k in enumerate(kept) for _ in range(k)], embeds.device)
+            each = torch.zeros_like(each).scatter(0, torch.cat(list(places)).to(starts.device) + starts, True)
+        stays = torch.ones_like(layout.visual).masked_scatter(layout.visual, each)
         removed = (layout.visual & ~stays).sum(-1).tolist()
     keep = ~layout.visual | stays
     plan = plan_compaction(keep, removed, layout.valid, (layout.lengths, [0] * batch))
@@ -176,11 +191,19 @@ def drop_surplus(
     past = remembered(cache).get(0)
     mask = _mask_behind(inputs.attention_mask, past, held, before, valid, plan.valid is not None)
     gone = (~keep).sum(1, keepdim=True) + (0 if past is None or past.removed is None else past.removed)
-    if inputs.position_ids is None:
+    given, behind = inputs.position_ids, None
+    if given is None:
         positions = following_positions(mask, held, columns)
+    elif places is None:
+        positions = _positions_left(given.expand(batch, -1), keep, plan, past)
     else:
-        positions = _positions_left(inputs.position_ids.expand(batch, -1), keep, plan, past)
-    shortened = ShortenedPrompt(mask, held + columns.shape[1], before + length, "compact", removed=gone)
+        # What follows stands behind the whole prompt, and is not less by what has gone.
+        given, gone = given.expand(-1, batch, -1), torch.zeros_like(gone)
+        behind = given[-3:].amax((0, 2))[:, None] + 1
+        # A fourth row in front tells samples packed into one by where it does not count on, so it is counted anew.
+        text = [_positions_left(row, keep, plan, past)[None] for row in given[:-3]]
+        positions = torch.cat([*text, positions_gathered(given[-3:], plan)])
+    shortened = ShortenedPrompt(mask, held + columns.shape[1], before + length, "compact", behind, removed=gone)
     return DecoderInputs(plan.apply(embeds), mask, positions, columns, shortened), layout.moved(plan)
 
 
@@ -209,6 +232,11 @@ def _positions_left(positions: Tensor, keep: Tensor, plan: Compaction, past: Sho
     return plan.apply((positions - gone + before).clamp(min=0))
 
 
+def positions_gathered(positions: Tensor, plan: Compaction) -> Tensor:
+    """Positions `(axes, batch, length)` of M-RoPE after a compaction, each as it was."""
+    return plan.apply(positions.movedim(0, -1)).movedim(-1, 0)
+
+
 def check_unpacked(method: Any, inputs: DecoderInputs, cache: Any, shortens: bool) -> None:
     """Refuses several samples packed into a row, told by positions that begin anew, where the method cannot have them.
 
@@ -216,6 +244,8 @@ def check_unpacked(method: Any, inputs: DecoderInputs, cache: Any, shortens: boo
         ValueError: naming the method.
     """
     positions = inputs.position_ids
+    if positions is not None and positions.dim() == 3:
+        positions = positions[0] if len(positions) > 3 else None
     if positions is None or inputs.attention_mask is not None or (cache is not None and cache.get_seq_length()):
         return
     if torch.compiler.is_compiling() or not bool((positions[:, 1:] < positions[:, :-1]).any()):

@@ -32,6 +32,8 @@ class ImageFeatures(BaseModelOutputWithPooling):
             is not, and where nothing is.
         fingerprints: `(pictures,)` int64, of a method that draws; question_ids: `(prompts, n)`, see `Question`.
         snapshot: the method that they were encoded for, which goes on with them.
+        deepstack_features: what some of the decoder's layers are given besides: of each layer a list, of each picture
+            `(patches, channels)`; or None.
     """
 
     dense: list[int] | None = None
@@ -41,6 +43,7 @@ class ImageFeatures(BaseModelOutputWithPooling):
     fingerprints: Tensor | None = None
     question_ids: Tensor | None = None
     snapshot: tuple[Any, ...] | None = None
+    deepstack_features: list[list[Tensor]] | None = None
 
     @property
     def features(self) -> list[Tensor]:
@@ -54,13 +57,20 @@ class ImageFeatures(BaseModelOutputWithPooling):
         grids = self.grids or [None] * len(dense)
         return [count if grid is None else (count, grid) for count, grid in zip(dense, grids, strict=True)]
 
+    @property
+    def places(self) -> list[Tensor]:
+        """Of each picture, at which of its patches its tokens stand, `(tokens,)` int64 each."""
+        if self.tokens is None:
+            return [torch.arange(len(image), device=image.device) for image in self.features]
+        return [image.places[0] for image in self.tokens]
+
     def take(self, pictures: Sequence[int], prompts: Sequence[int] | None = None) -> ImageFeatures:
         """Some of the pictures; one may be there more than once.
 
         Args:
             prompts: whose `question_ids` they are asked with; as they are by default.
         """
-        asked, drawn = self.question_ids, self.fingerprints
+        asked, drawn, stacked = self.question_ids, self.fingerprints, self.deepstack_features
 
         def some(values: list[Any] | None) -> list[Any] | None:
             return None if values is None else [values[i] for i in pictures]
@@ -73,6 +83,7 @@ class ImageFeatures(BaseModelOutputWithPooling):
             grids=some(self.grids),
             fingerprints=None if drawn is None else drawn[list(pictures)],
             question_ids=asked if asked is None or prompts is None else asked[list(prompts)],
+            deepstack_features=None if stacked is None else [[layer[i] for i in pictures] for layer in stacked],
         )
         chosen.last_hidden_state, chosen.pooler_output = None, [self.features[i] for i in pictures]
         return chosen
@@ -89,12 +100,14 @@ class ImageFeatures(BaseModelOutputWithPooling):
 
         grids = [grid for part in parts for grid in part.grids or [None] * len(part.features)]
         drawn = [part.fingerprints for part in parts if part.fingerprints is not None]
+        stacked = [part.deepstack_features for part in parts if part.deepstack_features is not None]
         return replace(
             parts[0],
             **{name: all_of(name) for name in ("pooler_output", "dense", "tokens", "vision")},
             grids=grids if any(grid is not None for grid in grids) else None,
             fingerprints=torch.cat(drawn) if drawn else None,
             question_ids=next((part.question_ids for part in parts if part.question_ids is not None), None),
+            deepstack_features=[[x for part in layer for x in part] for layer in zip(*stacked, strict=True)] or None,
         )
 
 
@@ -147,10 +160,13 @@ class VisualItemsMixin:
     Attributes:
         modalities: "image" and, of a family that takes them, "video": the argument that holds their pixels, and the
             configuration's field for their placeholder.
+        gathers_positions: whether a token keeps the position of its place in the picture (M-RoPE), and none is
+            renumbered where others go. Placeholders are then those of the dense model.
     """
 
     config: Any
     modalities: ClassVar[dict[str, tuple[str, str]]] = {"image": ("pixel_values", "image_token_id")}
+    gathers_positions: ClassVar[bool] = False
 
     @property
     def dense_tokens_per_image(self) -> int | None:
@@ -204,7 +220,9 @@ class VisualItemsMixin:
         return [[size] * max(1, count // size) for count in counts]
 
     def kept_tokens(self, method: Any, images: ImageFeatures) -> list[int]:
-        """Tokens of each image that enter the decoder."""
+        """Placeholders of each image that a processor writes which leaves out those that no token is left for."""
+        if self.gathers_positions:
+            return list(images.dense or ())
         if not images.vision:
             return [len(image) for image in images.features]
         return [sum(encoder.tokens for encoder in self.encoders_for(method, size)) for size in images.sizes]

@@ -115,13 +115,15 @@ class EncoderSparsifier(Sparsifier):
     """Reduces the visual tokens of every item on its own: a static number of them enters the decoder.
 
     Attributes:
-        keeps_cls: whether the first of its tokens is CLS itself.
+        keeps_cls: whether the first of its tokens is CLS itself, where there is one.
+        needs_cls: whether a tower without CLS cannot serve it; with `needs_attention` it gets what patches receive.
     """
 
     kind: ClassVar[str] = "encoder"
     place: ClassVar[str] = "tower"
     unit: ClassVar[str] = "tile"
     keeps_cls: ClassVar[bool] = False
+    needs_cls: ClassVar[bool] = False
 
     @property
     def encoder(self) -> Any:
@@ -148,9 +150,8 @@ class EncoderSparsifier(Sparsifier):
         tokens = check_budget(settings.budget, patches)
         if settings.budgets is None and tokens is None:
             raise cls.needs_budget("[tokens]")
-        return check_counts(
-            "sparse_budgets", [tokens] if settings.budgets is None else settings.budgets, 1, patches, 1
-        )[0]
+        budgets = [tokens] if settings.budgets is None else settings.budgets
+        return check_counts("sparse_budgets", budgets, 1, patches, 1, of=patches)[0]
 
     @classmethod
     def resolve(cls, geometry: Geometry, settings: Sparsity) -> EncoderSparsifier:
@@ -257,7 +258,7 @@ class DecoderSparsifier(Sparsifier):
         Raises:
             ValueError: if they are not as many as the stages, out of range, or rise.
         """
-        counts = check_counts("sparse_budgets", budgets, cls.fewest, patches, stages)
+        counts = check_counts("sparse_budgets", budgets, cls.fewest, patches, stages, of=patches)
         if list(counts) != sorted(counts, reverse=True):
             raise ValueError(f"`sparse_budgets` must fall from stage to stage, got {shown(list(counts))}.")
         return counts
@@ -306,7 +307,7 @@ class DecoderSparsifier(Sparsifier):
 
     def counts(self, stage: int, images: int, attention: RaterAttention) -> list[int]:
         """How many tokens each row keeps at stage `stage`: a list of `rows` integers from 0 to V."""
-        rows, visual = attention.visual_positions.shape
+        rows, visual = attention.visual_positions.shape[:2]
         return [min(self.budgets[stage] * images, visual)] * rows
 
     def merge(self, layer: int, dropped: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -447,6 +448,6 @@ def compose(classes: Sequence[Any], geometry: Geometry, settings: Sparsity) -> C
         )
     tokens = entering_of(classes[0], geometry, own) or geometry.tokens
     handed = replace(geometry, patches=tokens, frames=None, tiles=1, packed=None)
-    second = classes[1].resolve(handed, others)
+    second = classes[1].resolve(handed, others.at_most(tokens) if geometry.dynamic else others)
     # A method that finds its budgets at run time has None, which it also takes when the settings are read again.
     return Composition((first.layers, second.layers), (first.budgets, second.budgets or None), first, second)  # type: ignore[arg-type]

@@ -150,7 +150,8 @@ class PrunedModelMixin(VisualItemsMixin):
             encoded = {name: self.stock_features(x, name) for name, x in encoded.items()}
             given |= {"inputs_embeds": inputs_embeds, "mm_encoder_outputs": encoded or None, CACHE: cache}
             stock = super().forward(**given, **known, return_dict=True, **kwargs)  # type: ignore[misc]
-            return SparseModelOutput(**stock, selection=() if output_selection else None)
+            shared = {name: stock[name] for name in NAMES if name in stock}
+            return SparseModelOutput(**shared, selection=() if output_selection else None)
         embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[arg-type]
         request = Request(
             method, input_ids, embeds, attention_mask, position_ids, cache, visual_mask, encoded, visual,
@@ -231,12 +232,14 @@ class PrunedModelMixin(VisualItemsMixin):
         features = list(given.pooler_output)
         encoder = None if method is None else method.encoder
         dense = [len(image) for image in features]
+        stacked = getattr(given, "deepstack_features", None)
         if encoder is None:
-            return ImageFeatures(pooler_output=features, dense=dense)
-        tile_by_tile = encoder.unit == "tile" and self.dense_tokens_per_image is None
+            return ImageFeatures(pooler_output=features, dense=dense, deepstack_features=stacked)
+        tile_by_tile = encoder.unit == "tile" and self.dense_tokens_per_image is None and not self.gathers_positions
         if encoder.place == "projector" and not tile_by_tile:
             vision = [VisionFeatures(x[None], self.grid_of(len(x)), projected=x[None]) for x in features]
-            return self.reduced(method, ImageFeatures(pooler_output=features, dense=dense, vision=vision))
+            images = ImageFeatures(pooler_output=features, dense=dense, vision=vision, deepstack_features=stacked)
+            return self.reduced(method, images)
         where = "chooses tile by tile" if encoder.place == "projector" else "works in the vision tower"
         raise ValueError(
             f"mm_encoder_outputs: {encoder.name} {where}, and these are features of all patches behind it: pass "
@@ -314,13 +317,14 @@ class PrunedModelMixin(VisualItemsMixin):
 
     def place(self, request: Request, images: ImageFeatures | None) -> DecoderInputs:
         """Third: tokens take the place of placeholders; those that none is left for go."""
-        inputs = DecoderInputs(request.embeds, request.attention_mask, request.position_ids)
+        inputs = DecoderInputs(request.embeds, request.attention_mask, self.positions(request))
         layout, cache = request.layout, request.cache
         if images is not None and layout is not None:
             features = images.features
             if request.method is not None:
                 check_unpacked(request.method, inputs, cache, [len(x) for x in features] != request.written)
-            inputs, request.layout = place_features(inputs, layout, features, request.written, cache)
+            places = images.places if self.gathers_positions else None
+            inputs, request.layout = place_features(inputs, layout, features, request.written, cache, places)
         held = remembered(cache).get(0)
         if held is not None and inputs.shortened is None:
             inputs = translate(inputs, held, cache)
@@ -330,6 +334,10 @@ class PrunedModelMixin(VisualItemsMixin):
         if sizes is not None or (held is not None and held.bias is not None):
             inputs = weigh(inputs, request.layout, sizes, cache, self.config.text_config)
         return inputs
+
+    def positions(self, request: Request) -> Tensor | None:
+        """Position ids of the tokens as passed; None where the decoder counts."""
+        return request.position_ids
 
     def decode(
         self, request: Request, images: ImageFeatures | None, inputs: DecoderInputs, kwargs: dict[str, Any]
@@ -349,8 +357,9 @@ class PrunedModelMixin(VisualItemsMixin):
             if drawn is not None:
                 drawn = torch.stack([part.sum() for part in drawn.split(request.images)])
             pruning = DecoderPruning(
-                method, layout, request.images, numbers, drawn, request.output_selection, self.prompt_budgets(request)
-            )
+                method, layout, request.images, numbers, drawn, request.output_selection, self.prompt_budgets(request),
+                self.gathers_positions,
+            )  # fmt: skip
             if method.trim_cache and any(layout.answer_counts):
                 return decode_apart(self.language_model, pruning, inputs, request.cache, kwargs)
             kwargs = kwargs | {"pruning": pruning}
@@ -377,7 +386,7 @@ class PrunedModelMixin(VisualItemsMixin):
                 mask = mask[:, :, start:end, :held]
             elif mask is not None:
                 mask = mask[:, : mask.shape[1] - length + end]
-            positions = None if positions is None else positions[:, start:end]
+            positions = None if positions is None else positions[..., start:end]
         return self.language_model(
             inputs_embeds=inputs.embeds[:, start:end],
             attention_mask=mask,
@@ -407,7 +416,8 @@ class PrunedModelMixin(VisualItemsMixin):
             every = torch.arange(valid.shape[1], device=valid.device)
             columns = torch.where(valid, every, PADDING)
         if request.output_selection and images is not None and images.tokens and request.encoder is not None:
-            layer = request.encoder.feature_layer % self.config.vision_config.num_hidden_layers
+            vision = self.config.vision_config
+            layer = request.encoder.feature_layer % (getattr(vision, "depth", None) or vision.num_hidden_layers)
             stages = (stage_of_encoder(layer, images.tokens, request.images), *stages)
         seen: Any = images
         if images is not None and IMAGES == "image_hidden_states":

@@ -22,8 +22,8 @@ def to_float(x: Tensor) -> Tensor:
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:
-    """`(batch, length, channels)` at `(batch, rows)` int64: `(batch, rows, channels)`."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    """`(batch, length, channels)` at `(batch, rows)` int64: `(batch, rows, channels)`; `(batch, length)` likewise."""
+    return x.gather(1, index) if x.dim() == 2 else x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def cluster_mean(x: Tensor, assignment: Tensor, clusters: int, epsilon: float) -> Tensor:

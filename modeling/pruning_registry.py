@@ -102,10 +102,11 @@ def resolve(settings: Sparsity, geometry: Geometry) -> Sparsifier | None:
     if settings.method is None:
         return None
     classes = method_classes(settings.method)
+    own = settings.at_most(geometry.tokens) if geometry.dynamic else settings
     if len(classes) == 2:
-        method: Sparsifier = compose(classes, geometry, settings)
+        method: Sparsifier = compose(classes, geometry, own)
     else:
-        method = classes[0].resolve(*for_part(classes[0], geometry, settings))
+        method = classes[0].resolve(*for_part(classes[0], geometry, own))
     object.__setattr__(method, "origin", (resolve, settings, geometry))
     return method
 

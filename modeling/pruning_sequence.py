@@ -132,7 +132,7 @@ class Compaction:
         """Compacts `(batch, length, ...)`; `inserted` `(batch, c, ...)` is needed if the plan inserts."""
         if inserted is not None:
             x = torch.cat([x, inserted], dim=1)
-        return rows_at(x, self.source) if x.dim() == 3 else x.gather(1, self.source)
+        return rows_at(x, self.source)
 
 
 def of_caller(columns: Tensor, known: Tensor) -> Tensor:

@@ -53,20 +53,27 @@ def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> 
         return False
 
 
-def check_counts(name: str, values: object, low: int, high: int, length: int | None = None) -> tuple[int, ...]:
+def check_counts(
+    name: str, values: object, low: int, high: int, length: int | None = None, of: int | None = None
+) -> tuple[int, ...]:
     """Returns `values` as a tuple of integers in `low..high`.
 
     Args:
         name: of the setting, for the message; length: how many there have to be, any number from 1 on by default.
+        of: how many tokens there are, where a float may stand for a ratio of them, rounded down, one at least.
 
     Raises:
         ValueError: naming the setting, what is allowed and what was given.
     """
     size = "a list of" if length is None else f"a list of {length}"
     entries = list(values) if isinstance(values, list | tuple) else []
+    if of is not None:
+        ratio = [isinstance(v, float) and is_number(v, 0, 1) and v > 0 for v in entries]
+        entries = [max(1, int(v * of)) if r else v for v, r in zip(entries, ratio, strict=True)]
     fits = len(entries) == length if length is not None else bool(entries)
     if not fits or not all(is_count(v, low, high) for v in entries):
-        raise ValueError(f"`{name}` must be {size} ints in [{low}, {high}], got {shown(values)}.")
+        ratios = " or ratios in (0, 1]" if of is not None and any(isinstance(v, float) for v in entries) else ""
+        raise ValueError(f"`{name}` must be {size} ints in [{low}, {high}]{ratios}, got {shown(values)}.")
     return tuple(entries)
 
 

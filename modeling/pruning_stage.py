@@ -12,7 +12,7 @@ from transformers import Cache
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .pruning_cache import ShortenedPrompt, remember, trim
-from .pruning_ops import autocast_disabled, ranked, rows_at
+from .pruning_ops import autocast_disabled, cluster_mean, ranked, rows_at
 from .pruning_sequence import (
     MERGED,
     PADDING,
@@ -122,6 +122,7 @@ class DecoderPruning:
         numbers: what the visual tokens are, where an encoder method has chosen them: see `visual_groups`.
         fingerprints: `(batch,)` int64, what the method draws from; None for nothing.
         output_selection: whether the stages are recorded.
+        gathered: whether tokens keep their positions, whatever the method does elsewhere.
     """
 
     method: Any
@@ -131,6 +132,12 @@ class DecoderPruning:
     fingerprints: Tensor | None = None
     output_selection: bool = False
     budgets: Sequence[tuple[int, ...]] | None = None
+    gathered: bool = False
+
+    @property
+    def positions(self) -> str:
+        """What becomes of position ids, as of `DecoderSparsifier`."""
+        return "original" if self.gathered else str(self.method.positions)
 
     def counts(self, stage: int, group: VisualGroup, attention: Any) -> list[int]:
         """As `DecoderSparsifier.counts`, of the rows of a group."""
@@ -144,7 +151,7 @@ def open_prompt(pruning: DecoderPruning, embeds: Tensor, position_ids: Tensor) -
     """Finds the groups and the raters of a prompt before the first layer.
 
     Args:
-        embeds: `(batch, length, channels)`; position_ids: `(batch or 1, length)`.
+        embeds: `(batch, length, channels)`; position_ids: `(batch or 1, length)`, or with axes behind.
     """
     layout, method, fingerprints = pruning.layout, pruning.method, pruning.fingerprints
     batch, length = layout.visual.shape
@@ -166,7 +173,7 @@ def open_prompt(pruning: DecoderPruning, embeds: Tensor, position_ids: Tensor) -
         valid=layout.valid,
         lengths=layout.lengths,
         gone=[0] * batch,
-        position_ids=position_ids.expand(batch, -1),
+        position_ids=position_ids.expand(batch, *position_ids.shape[1:]),
         columns=torch.arange(length, device=embeds.device).expand(batch, -1),
         last=layout.last,
         groups=groups,
@@ -190,12 +197,12 @@ def reduce_group(
     if outcome is None:
         return Reduction(group, scores, kept, None, None, None)
     merged, assignment = outcome
-    member = assignment[:, None] == torch.arange(merged.shape[1], device=merged.device)[:, None]
     # Halves round up: padding, which shifts all positions of a row, must not change where a mean falls.
-    positions = group.take(position_ids).gather(1, columns).float()
-    mean_position = (member * positions[:, None]).sum(-1) / member.sum(-1).clamp(min=1)
+    positions = rows_at(group.take(position_ids), columns).double()
+    mean_position = cluster_mean(positions.view(*columns.shape, -1), assignment, merged.shape[1], epsilon=0.0)
+    mean_position = mean_position.add(0.5).floor().long().view(*merged.shape[:2], *position_ids.shape[2:])
     into = torch.full_like(order, -1).scatter(1, dropped, assignment)
-    return Reduction(group, scores, kept, merged, mean_position.add(0.5).floor().long(), into)
+    return Reduction(group, scores, kept, merged, mean_position, into)
 
 
 def apply_reductions(
@@ -218,7 +225,7 @@ def apply_reductions(
         columns = columns.masked_fill(~plan.valid, PADDING)
     hidden = plan.apply(hidden, merged)
     here = torch.arange(length, device=hidden.device).expand(batch, -1)
-    runs = [*prompt.earlier, (here, prompt.position_ids.amax(1, keepdim=True) + 1)]
+    runs = [*prompt.earlier, (here, prompt.position_ids.flatten(1).amax(1, keepdim=True) + 1)]
     return hidden, replace(
         prompt,
         valid=plan.valid,
@@ -240,7 +247,7 @@ def _plan(
     keep = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
     most = max([0] + [r.merged_count for r in reductions])
     merged = hidden.new_zeros(batch, most, channels)
-    positions = prompt.position_ids.new_zeros(batch, most)
+    positions = prompt.position_ids.new_zeros(batch, most, *prompt.position_ids.shape[2:])
     removed, inserted = [0] * batch, [0] * batch
     for r in reductions:
         group = r.group
@@ -252,7 +259,8 @@ def _plan(
         if r.merged is not None and r.merged_positions is not None:
             missing = most - r.merged_count
             merged = group.put(merged, nn.functional.pad(r.merged, (0, 0, 0, missing)))
-            positions = group.put(positions, nn.functional.pad(r.merged_positions, (0, missing)))
+            padding = (*[0] * 2 * (positions.dim() - 2), 0, missing)
+            positions = group.put(positions, nn.functional.pad(r.merged_positions, padding))
     plan = plan_compaction(keep, removed, prompt.valid, (prompt.lengths, prompt.gone), inserted, prompt.last)
     return (plan, merged, positions) if most else (plan, None, None)
 

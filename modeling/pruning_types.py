@@ -21,6 +21,9 @@ class Geometry:
         frame: which of them a method inside the tower is asked about.
         tiles: that a picture is cut into, each of so many patches.
         packed: tokens of the picture in the decoder of the dense model, where they are not its patches: newlines too.
+        dynamic: whether pictures are of any size, so that a number of tokens is one at most; `patches` are then of the
+            one that presets are made for.
+        has_cls: whether the tower has a token that stands for the whole picture.
     """
 
     patches: int
@@ -31,6 +34,8 @@ class Geometry:
     frame: int = 0
     tiles: int = 1
     packed: int | None = None
+    dynamic: bool = False
+    has_cls: bool = True
 
     @property
     def tokens(self) -> int:
@@ -121,7 +126,9 @@ class VisionFeatures(_Rows):
         grid: rows and columns of the patches.
         cls: `(items, channels)` the CLS token at that layer; None in a tower without one.
         saliency: `(items, heads, N)` float attention probability of CLS to every patch at that layer, and
-            keys: `(items, heads, N, head_dim)`, output of its key projection; None without `needs_attention`.
+            keys: `(items, heads, N, head_dim)`, output of its key projection; None without `needs_attention`. In a
+            tower without CLS, `(items, 1, N)`, the mean over heads of all attention that a patch receives, and keys as
+            they are compared with queries, rotated.
         projected: `(items, N, channels)` output of the projector, for a method behind it.
         sources: `(items, N)` int64, the token of `features` that each patch went into, for a method in the layers.
         fingerprints: `(items,)` int64 that identify the pictures, for a method that draws from them.
@@ -169,6 +176,8 @@ class VisualTokens(_Rows):
         scores: `(items, N)` float, for the record.
         merged: `(items, N)` int64, which token made anew (from 0) each patch went into, -1 for none; or None.
         token_sizes: `(items, k)` float, how many tokens each counts for in the decoder's attention; None for one.
+        anchors: `(items, k)` int64, the patch at whose position each token stands where tokens keep their positions,
+            ascending; None where `patch_index` says it.
     """
 
     features: Tensor
@@ -176,6 +185,7 @@ class VisualTokens(_Rows):
     scores: Tensor
     merged: Tensor | None = None
     token_sizes: Tensor | None = None
+    anchors: Tensor | None = None
 
     @classmethod
     def kept(cls, features: Tensor, kept: Tensor, scores: Tensor) -> VisualTokens:
@@ -185,6 +195,11 @@ class VisualTokens(_Rows):
     @property
     def patches(self) -> int:
         return self.scores.shape[1]
+
+    @property
+    def places(self) -> Tensor:
+        """`(items, k)` int64, the patches at whose positions the tokens stand."""
+        return self.patch_index if self.anchors is None else self.anchors
 
     @classmethod
     def joined(cls, parts: Sequence[VisualTokens]) -> VisualTokens:

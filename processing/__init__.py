@@ -10,6 +10,7 @@ from .processing_sparse_llava import SparseLlavaProcessor, question_ids
 from .processing_sparse_llava_next import SparseLlavaNextProcessor
 from .processing_sparse_llava_onevision import SparseLlavaOnevisionProcessor
 from .processing_sparse_mini_gemini import SparseMiniGeminiProcessor
+from .processing_sparse_qwen_vl import SparseQwen2_5_VLProcessor, SparseQwen2VLProcessor, SparseQwen3VLProcessor
 from .processing_sparse_video_llava import SparseVideoLlavaProcessor
 
 __all__ = [
@@ -17,6 +18,9 @@ __all__ = [
     "SparseLlavaOnevisionProcessor",
     "SparseLlavaProcessor",
     "SparseMiniGeminiProcessor",
+    "SparseQwen2VLProcessor",
+    "SparseQwen2_5_VLProcessor",
+    "SparseQwen3VLProcessor",
     "SparseVideoLlavaProcessor",
     "question_ids",
 ]

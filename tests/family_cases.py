@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import tiny
+import tiny_qwen
 import torch
 import transformers
 from PIL import Image
@@ -293,4 +294,24 @@ MINI_GEMINI = Family(
     dense_at_all=("divprune", "eadp", "fastv", "pyramiddrop", "scope", "vispruner", "random", "cdpruner"),
 )
 
-FAMILIES = [LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, MINI_GEMINI]
+# --- Qwen-VL -----------------------------------------------------------------------------------------------------
+
+
+def qwen(name: str, slow: bool = False) -> Family:
+    needs_cls = "which '.*_vision' is not made for; supported: cdpruner"
+    return Family(
+        name=name,
+        make=lambda: tiny_qwen.dense_model(name),
+        processor=lambda **settings: None,
+        inputs=lambda processor, texts, seed=0: tiny_qwen.from_texts(texts, seed),
+        budget=6,
+        save=lambda folder: tiny_qwen.save_checkpoint(tiny_qwen.dense_model(name), folder),
+        dense_at_all=("visionzip", "divprune", "eadp", "fastv", "pyramiddrop", "random", "cdpruner", "delegate"),
+        shortens=False,
+        saves_processor=False,
+        slow=slow,
+        refused=dict.fromkeys(("tome", "scope", "vispruner"), needs_cls),
+    )
+
+
+FAMILIES = [LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, MINI_GEMINI, qwen("qwen2_5_vl"), qwen("qwen3_vl", slow=True)]

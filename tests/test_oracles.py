@@ -29,6 +29,7 @@ from oracle_files import (
 )
 from oracle_mini_gemini import GeminiCase
 from oracle_next import STEPS, NextCase
+from oracle_qwen2_5_vl import QwenCase
 from oracle_video_llava import PUBLISHED, VideoCase, lengths
 from safetensors.torch import load_file
 from torch.nn.functional import layer_norm, linear, normalize
@@ -64,6 +65,7 @@ SCORED = {
     "llava_next": ["case_*.safetensors"],
     "video_llava": ["case_*.safetensors"],
     "mini_gemini": ["case_*.safetensors"],
+    "qwen2_5_vl": ["case_*.safetensors"],
 }
 
 
@@ -718,3 +720,56 @@ def test_video_llava_generate(path):
 def test_mini_gemini(path, attention):
     """The dense model, from a checkpoint with published key names."""
     GeminiCase(path, attention).check()
+
+
+# --- Qwen2.5-VL --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", cases("qwen2_5_vl", "case_*.safetensors"))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_qwen2_5_vl(path, attention):
+    """From pixels to decoding; then a batch in which the prompt is padded."""
+    case = QwenCase(path, attention)
+    want, model = case.want, case.model
+    outputs, scores, keys = model.model.visual.with_received(case.pixels, want["image_grid_thw"])
+    assert_close(outputs.pooler_output, want["features"], "features")
+    assert_close(scores, want["scores"], "scores")
+    assert_close(keys.mean(0), want["metric"], "metric")
+
+    out = model(**case.inputs(), output_selection=True, use_cache=True, as_passed=False)
+    (stage,) = out.selection
+    assert_close(stage.scores[0], want["scores"], "scores")
+    assert torch.equal(stage.kept[0], want["dominant"])
+    first, visual = int((case.ids == model.config.image_token_id).int().argmax()), len(want["scores"])
+    kept = out.columns[0] - first
+    kept = kept[(kept >= 0) & (kept < visual)]
+    assert torch.equal(kept, torch.cat([want["dominant"], want["targets"]]).sort().values)
+    assert torch.equal(stage.merge_map[0][want["targets"]] - visual, torch.arange(len(want["targets"])))
+    assert_close(case.entered["inputs_embeds"][0], want["decoder_embeds"], "decoder_embeds")
+    assert torch.equal(case.entered["position_ids"][-3:, 0], want["position_ids"])
+    assert_close(out.logits[0], want["logits"], "logits")
+    assert lengths(out) == want["kv_len"].tolist()
+
+    token = out.logits[0, -1].argmax()
+    for step, expected in enumerate(want["decode_logits"]):
+        assert token == want["greedy_tokens"][step]
+        out = model(input_ids=token[None, None], past_key_values=out.past_key_values, use_cache=True)
+        assert (case.entered["position_ids"] == case.ids.shape[1] + step + want["rope_deltas"]).all()
+        assert_close(out.logits[0, 0], expected, f"decode_logits, step {step}")
+        token = out.logits[0, 0].argmax()
+    assert token == want["greedy_tokens"][-1]
+    batch = model(**case.inputs(rows=2), as_passed=False)
+    assert_close(batch.logits[0, -len(want["logits"]) :], want["logits"], "logits of a padded row")
+
+
+@pytest.mark.parametrize("path", cases("qwen2_5_vl", "case_*.safetensors"))
+def test_qwen2_5_vl_generate(path):
+    case = QwenCase(path, "sdpa")
+    for rows in (1, 2):
+        inputs, count = case.inputs(rows), len(case.want["greedy_tokens"])
+        out = case.model.generate(
+            **inputs, max_new_tokens=count, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        assert torch.equal(out.sequences[0, -count:], case.want["greedy_tokens"])
+        assert_close(torch.stack([x[0] for x in out.logits[1:]]), case.want["decode_logits"], "decode_logits")

@@ -208,7 +208,8 @@ def test_labels_and_gradients(family, method):
     model, batch = llava_sparse.sparsify(family.make(), method, family.budget), batch_of(family)
     loss = model(**labelled(model, batch)).loss
     loss.backward()
-    for part in (model.model.language_model.layers[0], model.model.vision_tower, model.lm_head):
+    tower = getattr(model.model, "vision_tower", None) or model.model.visual
+    for part in (model.model.language_model.layers[0], tower, model.lm_head):
         grads = [p.grad for p in part.parameters() if p.grad is not None]
         assert grads and all(g.isfinite().all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
     if family.shortens:

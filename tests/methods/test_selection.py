@@ -43,7 +43,7 @@ def test_visionzip_against_loops(seed, patches, dominant, contextual, ties):
     if ties:
         scores = (scores * 3).round()
     index = best(scores, dominant - 1)
-    tokens, owner = contextual_tokens(hidden, metric, index, contextual)
+    tokens, owner, places = contextual_tokens(hidden, metric, index, contextual)
     for image in range(2):
         chosen = sorted(sorted(range(patches), key=lambda p: (-scores[image, p].item(), p))[: dominant - 1])
         assert index[image].tolist() == chosen
@@ -63,6 +63,7 @@ def test_visionzip_against_loops(seed, patches, dominant, contextual, ties):
             torch.testing.assert_close(tokens[image, j], expected)
             assert {t for t in rest if owner[image, t] == j} == {target, *members[target]}
         assert all(owner[image, t] == -1 for t in chosen)
+        assert places[image].tolist() == targets
 
 
 @QUICK

@@ -5,37 +5,13 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from cost import Watch
 
 import llava_sparse
 from llava_sparse.modeling.pruning_decoder import DecoderRun
 
 # Calls that make the host wait for the device, or shapes that depend on values.
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique", "_unique2"}
-
-
-class Watch(TorchDispatchMode):
-    """Records every operation and the shapes of every tensor that it returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[str, torch.Size]] = []
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.__name__.split(".")[0]
-        self.names.append(name)
-        if name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1]):
-            self.names.append("nonzero")
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.shapes.append((name, tensor.shape))
-        return out
-
-    def square(self, shortest: int) -> list[tuple[str, torch.Size]]:
-        """Results with two dimensions of at least `shortest`, a sequence length."""
-        return [(name, shape) for name, shape in self.shapes if sum(size >= shortest for size in shape) >= 2]
 
 
 @pytest.fixture(scope="module")
