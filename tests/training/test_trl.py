@@ -11,6 +11,7 @@ import llava_sparse
 pytest.importorskip("trl", reason="pip install llava-sparse[trl]")
 
 from datasets import Dataset
+from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.trl]
@@ -74,10 +75,14 @@ def watched(trainer, name, seen):
 
 
 @each
-def test_sft(dense, method, tmp_path):
+@pytest.mark.parametrize("lora", [False, True])
+def test_sft(dense, method, lora, tmp_path):
+    adapters = {"peft_config": LoraConfig(r=2, target_modules=r".*language_model.*q_proj")} if lora else {}
     model = llava_sparse.sparsify(dense, method, **BUDGETS[method])
     config = SFTConfig(**settings(tmp_path), max_length=None)
-    trainer = SFTTrainer(model, config, train_dataset=rows(("completion", "Yes")), processing_class=tiny.processor())
+    trainer = SFTTrainer(
+        model, config, train_dataset=rows(("completion", "Yes")), processing_class=tiny.processor(), **adapters
+    )
     seen = []
     watched(trainer, "compute_loss", seen)
     trainer.train()
