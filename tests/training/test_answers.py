@@ -198,3 +198,10 @@ def test_yes_and_no_share_one_probability(reference, method):
             told = said.gather(1, batch["input_ids"].gather(1, last))[:, 0]
             torch.testing.assert_close(shares[-1], told, rtol=0, atol=1e-4)
     assert float(torch.stack(shares).sum(0).max()) <= 1 + 1e-4
+
+
+def test_trimmed_caches_need_a_cache(dense, processor):
+    model = llava_sparse.sparsify(dense, "fastv", layers=[1], budgets=[6], options={"trim_cache": True}).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="train with trim_cache=False, or without gradient checkpointing"):
+        model(**labelled(processor, PAIRS[:1], "right"))
