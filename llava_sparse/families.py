@@ -60,6 +60,7 @@ FAMILIES = {
     for family in (
         Family("llava", "Llava", "LLaVA-1.5"),
         Family("llava_next", "LlavaNext", "LLaVA-NeXT"),
+        Family("llava_next_video", "LlavaNextVideo", "LLaVA-NeXT-Video"),
         Family("llava_onevision", "LlavaOnevision", "LLaVA-OneVision"),
         Family("video_llava", "VideoLlava", "Video-LLaVA"),
         Family("mini_gemini", "MiniGemini", "Mini-Gemini", published_type="mgm"),

@@ -11,6 +11,12 @@ from .configuration_sparse_llava import SparseFieldsMixin
 PACKINGS = ("unpadded", "tiles")
 
 
+def most_tiles(config: Any) -> int:
+    """Tiles of the largest picture that a configuration's pinpoints allow, with the one that is all of it."""
+    side = config.vision_config.image_size
+    return 1 + max((height // side) * (width // side) for height, width in config.image_grid_pinpoints)
+
+
 class SparseLlavaNextConfig(SparseFieldsMixin, LlavaNextConfig):
     """`LlavaNextConfig` with the `sparse_*` fields.
 
@@ -42,5 +48,4 @@ class SparseLlavaNextConfig(SparseFieldsMixin, LlavaNextConfig):
     @property
     def tiles_per_image(self) -> int:
         """Tiles of the largest picture, with the one that is all of it."""
-        side = self.vision_config.image_size
-        return 1 + max((height // side) * (width // side) for height, width in self.image_grid_pinpoints)
+        return most_tiles(self)

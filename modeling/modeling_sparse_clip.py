@@ -86,11 +86,12 @@ class ProjectedFeaturesMixin:
         pixel_values: Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        pool: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """All patches of `(items, 3, height, width)`, projected: `(items, N, channels)`.
 
-        A CLIP tower runs no layer that is not used.
+        A CLIP tower runs no layer that is not used. With `pool`, what it makes of the patches is projected.
         """
         chosen: Any = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         chosen = [chosen] if isinstance(chosen, int) else chosen
@@ -105,7 +106,7 @@ class ProjectedFeaturesMixin:
             hidden = torch.cat([states[layer] for layer in chosen], dim=-1)
         if (vision_feature_select_strategy or self.config.vision_feature_select_strategy) == "default":
             hidden = hidden[:, 1:]
-        return self.multi_modal_projector(hidden)
+        return self.multi_modal_projector(hidden if pool is None else pool(hidden))
 
 
 class SparseCLIPVisionModel(CLIPVisionModel):

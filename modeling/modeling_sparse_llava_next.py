@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector, unpad_image
+from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import build_sparsifier
@@ -48,12 +48,10 @@ class SparseLlavaNextModel(TilesMixin, LlavaNextModel):
         self.post_init()
 
     def dense_tokens(self, image_size: Any, grid: tuple[int, int]) -> int:
+        if self.config.image_packing != "tiles":
+            return super().dense_tokens(image_size, grid)
         full = self.config.vision_feature_select_strategy == "full"
-        if self.config.image_packing == "tiles":
-            return (1 + grid[0] * grid[1]) * (self.side**2 + full)
-        whole = torch.empty(1, grid[0] * self.side, grid[1] * self.side, device="meta")
-        _, rows, columns = unpad_image(whole, list(map(int, image_size))).shape
-        return self.side**2 + full + rows * (columns + 1)
+        return (1 + grid[0] * grid[1]) * (self.side**2 + full)
 
     def pack_dense(self, tiles: Sequence[Tensor], image_sizes: Any, given: dict[str, Any]) -> list[Tensor]:
         strategy = given.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy

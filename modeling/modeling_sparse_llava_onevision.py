@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, LlavaOnevisionForConditionalGeneration, LlavaOnevisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector, unpad_image
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import build_sparsifier
@@ -21,13 +20,9 @@ from .pruning_cache import the_cache
 from .pruning_generation import PrunedGenerationMixin
 from .pruning_items import ImageFeatures
 from .pruning_model import PrunedHeadMixin, SparseCausalLMOutput
-from .pruning_ops import image_fingerprints
-from .pruning_tiles import TilesMixin
-from .pruning_types import VisionFeatures
+from .pruning_tiles import OF_PICTURES, TilesMixin
 
 register_weight_names({"sparse_llava_onevision": "llava_onevision", "SparseLlavaOnevisionModel": "LlavaOnevisionModel"})
-# Arguments that say something of pictures alone.
-OF_PICTURES = ("image_sizes", "image_sizes_videos", "vision_aspect_ratio", "batch_num_images")
 
 
 class SparseLlavaOnevisionModel(TilesMixin, LlavaOnevisionModel):
@@ -63,8 +58,7 @@ class SparseLlavaOnevisionModel(TilesMixin, LlavaOnevisionModel):
     def dense_tokens(self, image_size: Any, grid: tuple[int, int]) -> int:
         if grid == (0, 0):
             return self.side**2 + 1
-        whole = torch.empty(1, grid[0] * self.side, grid[1] * self.side, device="meta")
-        _, rows, columns = unpad_image(whole, list(map(int, image_size))).shape
+        rows, columns = self.unpadded(image_size, grid)
         most = self.config.tiles_per_image - 1
         ratio = (rows * columns / (most * self.side**2)) ** 0.5
         if ratio > 1.1:
@@ -129,41 +123,10 @@ class SparseLlavaOnevisionModel(TilesMixin, LlavaOnevisionModel):
             return super().get_video_features(pixel_values_videos, return_dict=True, **given, **kwargs)
         return self.encode_videos(method, pixel_values_videos, question_ids=question_ids, **given, **kwargs)
 
-    def encode_images(self, method: Any, pixel_values: Tensor, **kwargs: Any) -> ImageFeatures:  # type: ignore[override]
-        kwargs.pop("image_sizes_videos", None)
-        return super().encode_images(method, pixel_values, **kwargs)
-
-    def encode_videos(
-        self, method: Any, pixel_values: Tensor, question_ids: Tensor | None = None, **kwargs: Any
-    ) -> ImageFeatures:
-        """As `encode_images`, of `(videos, frames, 3, height, width)`.
-
-        Raises:
-            ValueError: for a method inside the tower, which sees the frames before they are pooled.
-        """
-        given = {name: value for name, value in kwargs.items() if name not in OF_PICTURES}
-        encoder = None if method is None else method.encoder
-        if encoder is not None:
-            self.refuse_features(encoder, given)
-            if encoder.place != "projector":
-                raise ValueError(
-                    f"{encoder.name} works in the vision tower, and LLaVA-OneVision pools the frames of a video behind "
-                    "it; methods behind the projector (divprune) and in the decoder (sparsevlm) take videos."
-                )
+    def video_features(self, pixel_values: Tensor, given: dict[str, Any]) -> list[Tensor]:
         frames = self.apply_pooling(self.projected_features(pixel_values.flatten(0, 1), **given))
         newline = self.image_newline[None].to(frames.device, frames.dtype)
-        features = [torch.cat([x, newline]) for x in frames.reshape(len(pixel_values), -1, frames.shape[-1])]
-        images: Any = ImageFeatures(
-            dense=[len(x) for x in features],
-            fingerprints=image_fingerprints(pixel_values) if method is not None and method.draws else None,
-            question_ids=question_ids,
-            snapshot=(method,),
-        )
-        images.pooler_output = features
-        if encoder is None:
-            return images
-        vision = [VisionFeatures(x[None], (1, len(x)), projected=x[None]) for x in features]
-        return self.reduced(method, replace(images, vision=vision))
+        return [torch.cat([x, newline]) for x in frames.reshape(len(pixel_values), -1, frames.shape[-1])]
 
     def stock_features(self, given: Any, modality: str) -> Any:
         if modality != "video" or not isinstance(given, ImageFeatures):

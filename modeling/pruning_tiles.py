@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from .modeling_sparse_clip import ProjectedFeaturesMixin, SparseCLIPVisionModel
 from .pruning_items import ImageFeatures, tokens_of
 from .pruning_model import PrunedModelMixin
 from .pruning_ops import image_fingerprints
 from .pruning_types import VisionFeatures, VisualTokens
+
+# Arguments that say something of pictures alone.
+OF_PICTURES = ("image_sizes", "image_sizes_videos", "vision_aspect_ratio", "batch_num_images")
 
 
 def raster_order(index: Tensor, grid: tuple[int, int], side: int) -> Tensor:
@@ -47,7 +50,8 @@ class TilesMixin(ProjectedFeaturesMixin, PrunedModelMixin):
 
     A method with unit "tile" reduces each tile by itself, padding included; its tokens stand in `raster_order`, with
     neither newlines nor unpadding. Others choose from what the decoder of the dense model is given, newlines among it.
-    A family says how many tokens that is (`dense_tokens`), and how it is made (`pack_dense`).
+    A family says how many tokens that is (`dense_tokens`), and how it is made (`pack_dense`); one that takes videos,
+    what the decoder is given of these (`video_features`), from which methods behind the projector choose at once.
     """
 
     @property
@@ -78,11 +82,22 @@ class TilesMixin(ProjectedFeaturesMixin, PrunedModelMixin):
         return [grid if count == 1 else (0, 0) for grid, count in zip(grids, together, strict=True)]
 
     def dense_tokens(self, image_size: Any, grid: tuple[int, int]) -> int:
-        """Tokens of a picture of `(height, width)` in the dense model."""
-        raise NotImplementedError
+        """Tokens of a picture of `(height, width)` in the dense model: without padding, a newline behind every row."""
+        rows, columns = self.unpadded(image_size, grid)
+        return self.side**2 + (self.config.vision_feature_select_strategy == "full") + rows * (columns + 1)
+
+    def unpadded(self, image_size: Any, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches that are not padding, of the tiles behind the first."""
+        whole = torch.empty(1, grid[0] * self.side, grid[1] * self.side, device="meta")
+        _, rows, columns = unpad_image(whole, list(map(int, image_size))).shape
+        return rows, columns
 
     def pack_dense(self, tiles: Sequence[Tensor], image_sizes: Any, given: dict[str, Any]) -> list[Tensor]:
         """What the dense model makes of the projected tiles of each picture; `given` are arguments of the call."""
+        raise NotImplementedError
+
+    def video_features(self, pixel_values: Tensor, given: dict[str, Any]) -> list[Tensor]:
+        """What the dense model makes of `(videos, frames, 3, height, width)`; `given` are arguments of the call."""
         raise NotImplementedError
 
     def encode_images(
@@ -96,6 +111,7 @@ class TilesMixin(ProjectedFeaturesMixin, PrunedModelMixin):
         encoder = None if method is None else method.encoder
         if image_sizes is None:
             raise ValueError("pixel_values need image_sizes, (pictures, 2), the height and width of each.")
+        kwargs.pop("image_sizes_videos", None)
         grids = self.tile_grids(image_sizes, kwargs.pop("batch_num_images", None))
         tiles = [1 + rows * columns for rows, columns in grids]
         if pixel_values.dim() == 4:
@@ -122,6 +138,36 @@ class TilesMixin(ProjectedFeaturesMixin, PrunedModelMixin):
             )
         tokens = [self.pack(tiles, grid) for tiles, grid in zip(made, grids, strict=True)]
         return replace(images, tokens=tokens, pooler_output=[x.features[0] for x in tokens])
+
+    def encode_videos(
+        self, method: Any, pixel_values: Tensor, question_ids: Tensor | None = None, **kwargs: Any
+    ) -> ImageFeatures:
+        """As `encode_images`, of `(videos, frames, 3, height, width)`.
+
+        Raises:
+            ValueError: for a method inside the tower, which sees the frames before they are pooled.
+        """
+        given = {name: value for name, value in kwargs.items() if name not in OF_PICTURES}
+        encoder = None if method is None else method.encoder
+        if encoder is not None:
+            self.refuse_features(encoder, given)
+            if encoder.place != "projector":
+                raise ValueError(
+                    f"{encoder.name} works in the vision tower, and this model pools the frames of a video behind it; "
+                    "methods behind the projector (divprune) and in the decoder (sparsevlm) take videos."
+                )
+        features = self.video_features(pixel_values, given)
+        images: Any = ImageFeatures(
+            dense=[len(x) for x in features],
+            fingerprints=image_fingerprints(pixel_values) if method is not None and method.draws else None,
+            question_ids=question_ids,
+            snapshot=(method,),
+        )
+        images.pooler_output = features
+        if encoder is None:
+            return images
+        vision = [VisionFeatures(x[None], (1, len(x)), projected=x[None]) for x in features]
+        return self.reduced(method, replace(images, vision=vision))
 
     def _encode_tiles(self, method: Any, pictures: list[Tensor], sizes: list[Any], kwargs: dict[str, Any]) -> list[Any]:
         """What its method makes of the tiles of each picture, or has yet to choose from; an item for each tile."""

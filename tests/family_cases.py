@@ -23,6 +23,9 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionProcessor,
@@ -246,6 +249,52 @@ LLAVA_ONEVISION = Family(
     refused=TOWER,
 )
 
+# --- LLaVA-NeXT-Video --------------------------------------------------------------------------------------------
+
+
+def next_video_model() -> LlavaNextVideoForConditionalGeneration:
+    config = LlavaNextVideoConfig(
+        vision_config=tiny.vision_config(),
+        text_config=tiny.text_config(),
+        image_token_index=4,
+        video_token_index=len(tiny.WORDS),
+        image_grid_pinpoints=PINPOINTS,
+    )
+    model = LlavaNextVideoForConditionalGeneration(config).eval()
+    told = model.load_state_dict(tiny.dense_model().state_dict(), strict=False)
+    assert told.missing_keys == ["model.image_newline"] and not told.unexpected_keys
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def next_video_processor(**settings: Any) -> Any:
+    stock = next_processor()
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<video>"], special_tokens=True)
+    with patch.object(ProcessorMixin, "check_argument_for_proper_class", lambda *args: None):
+        return sparse_or_stock(LlavaNextVideoProcessor, settings)(
+            video_processor=Frames(stock.image_processor),
+            image_processor=stock.image_processor,
+            tokenizer=tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=stock.chat_template,
+            **settings,
+        )
+
+
+LLAVA_NEXT_VIDEO = Family(
+    name="llava_next_video",
+    make=next_video_model,
+    processor=next_video_processor,
+    inputs=next_inputs,
+    budget=20,
+    save=lambda folder: tiny.save_under_old_names(next_video_model(), None, folder),
+    saves_processor=False,
+    slow=True,
+)
+
 # --- Mini-Gemini -------------------------------------------------------------------------------------------------
 
 # In four tiles and as a whole, each of 16 patches; every patch mines 4 x 4 vectors.
@@ -314,4 +363,12 @@ def qwen(name: str, slow: bool = False) -> Family:
     )
 
 
-FAMILIES = [LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, MINI_GEMINI, qwen("qwen2_5_vl"), qwen("qwen3_vl", slow=True)]
+FAMILIES = [
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_NEXT_VIDEO,
+    LLAVA_ONEVISION,
+    MINI_GEMINI,
+    qwen("qwen2_5_vl"),
+    qwen("qwen3_vl", slow=True),
+]

@@ -88,5 +88,5 @@ def test_methods_in_a_clip_tower_take_pictures_and_refuse_videos():
     short = torch.cat([ids[:, :2], torch.full((1, kept), 4), ids[:, -3:]], dim=1)
     out = model(input_ids=short, pixel_values=batch["pixel_values"], image_sizes=batch["image_sizes"])
     assert out.past_key_values.get_seq_length() == kept + 5
-    with pytest.raises(ValueError, match="visionzip works in the vision tower, and LLaVA-OneVision pools"):
+    with pytest.raises(ValueError, match="visionzip works in the vision tower, and this model pools"):
         model.get_video_features(torch.zeros(1, 2, 3, 56, 56))

@@ -1,0 +1,138 @@
+"""LLaVA-NeXT-Video whose visual tokens are pruned: pictures in tiles, and videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaNextVideoForConditionalGeneration, LlavaNextVideoModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next_video.modeling_llava_next_video import (
+    LlavaNextVideoMultiModalProjector,
+    LlavaNextVideoPooler,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_sparse_llava import build_sparsifier
+from .configuration_sparse_llava_next_video import SparseLlavaNextVideoConfig
+from .modeling_sparse_clip import register_weight_names, vision_tower
+from .modeling_sparse_llava import SparseLlavaForConditionalGeneration
+from .modeling_sparse_text import sparse_decoder
+from .pruning_generation import PrunedGenerationMixin
+from .pruning_model import PrunedHeadMixin
+from .pruning_tiles import TilesMixin
+
+register_weight_names(
+    {"sparse_llava_next_video": "llava_next_video", "SparseLlavaNextVideoModel": "LlavaNextVideoModel"}
+)
+
+
+class SparseLlavaNextVideoModel(TilesMixin, LlavaNextVideoModel):
+    """LLaVA-NeXT-Video without language-model head, pruned.
+
+    Modifications: vision tower and decoder are the sparse classes; pictures and videos as of `TilesMixin`. With
+    `sparse_method=None` it runs the stock forward.
+    """
+
+    config_class = SparseLlavaNextVideoConfig
+    config: SparseLlavaNextVideoConfig
+    visual_arguments = (
+        "pixel_values_videos", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy", "question_ids",
+    )  # fmt: skip
+    modalities = {  # noqa: RUF012
+        "image": ("pixel_values", "image_token_id"),
+        "video": ("pixel_values_videos", "video_token_id"),
+    }
+
+    def __init__(self, config: SparseLlavaNextVideoConfig) -> None:
+        # Skips LlavaNextVideoModel.__init__, which would build the stock parts first.
+        super(LlavaNextVideoModel, self).__init__(config)
+        self.sparsifier = build_sparsifier(config)
+        self.vision_tower = vision_tower(config.vision_config)
+        self.multi_modal_projector = LlavaNextVideoMultiModalProjector(config)
+        width = config.text_config.hidden_size
+        self.image_newline = nn.Parameter(torch.randn(width, dtype=self.dtype) / width**0.5)
+        self.vocab_size = config.text_config.vocab_size
+        self.language_model = sparse_decoder(config.text_config)
+        self.vision_resampler = LlavaNextVideoPooler(config)
+        self.post_init()
+
+    def pack_dense(self, tiles: Sequence[Tensor], image_sizes: Any, given: dict[str, Any]) -> list[Tensor]:
+        strategy = given.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
+        return self.pack_image_features(tiles, image_sizes, strategy, image_newline=self.image_newline)[0]
+
+    def video_features(self, pixel_values: Tensor, given: dict[str, Any]) -> list[Tensor]:
+        frames = self.projected_features(pixel_values.flatten(0, 1), pool=self.vision_resampler, **given)
+        return list(frames.reshape(len(pixel_values), -1, frames.shape[-1]))
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        question_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encodes and projects images; arguments as the stock class's, and
+
+        Args:
+            question_ids: `(prompts, n)` int64, the question in CLIP's vocabulary, -1 for padding, for a method that
+                reads it with a CLIP text tower.
+
+        Returns:
+            `ImageFeatures`, which `forward` and `generate` take as `mm_encoder_outputs={"image": ...}`; of a dense
+            model the stock output.
+        """
+        given: dict[str, Any] = {
+            "image_sizes": image_sizes,
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+        }
+        method = self.sparsifier
+        if method is None:
+            return super().get_image_features(pixel_values=pixel_values, return_dict=True, **given, **kwargs)
+        return self.encode_images(method, pixel_values, question_ids=question_ids, **given, **kwargs)
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        question_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """As `get_image_features`, of `(videos, frames, 3, height, width)`, for `mm_encoder_outputs={"video": ...}`."""
+        given: dict[str, Any] = {
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+        }
+        method = self.sparsifier
+        if method is None:
+            return super().get_video_features(pixel_values_videos, return_dict=True, **given, **kwargs)
+        return self.encode_videos(method, pixel_values_videos, question_ids=question_ids, **given, **kwargs)
+
+
+class SparseLlavaNextVideoForConditionalGeneration(
+    PrunedGenerationMixin, PrunedHeadMixin, LlavaNextVideoForConditionalGeneration
+):
+    """LLaVA-NeXT-Video, pruned: the class that users load.
+
+    Modifications: as of `SparseLlavaForConditionalGeneration`, around a `SparseLlavaNextVideoModel`, whose further
+    arguments, `pixel_values_videos`, it takes too.
+    """
+
+    config_class = SparseLlavaNextVideoConfig
+    config: SparseLlavaNextVideoConfig
+    forward = SparseLlavaForConditionalGeneration.forward
+
+    def __init__(self, config: SparseLlavaNextVideoConfig) -> None:
+        # Skips LlavaNextVideoForConditionalGeneration.__init__, which would build the stock model first.
+        super(LlavaNextVideoForConditionalGeneration, self).__init__(config)
+        self.model = SparseLlavaNextVideoModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
