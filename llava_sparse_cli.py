@@ -179,7 +179,7 @@ def _names(text: str | None) -> list[str] | None:
     epilog='Example: llava-sparse ask picture.jpg "Is there a dog in the image?" --method visionzip --budget 64'
 )
 def ask(
-    image: Annotated[Path, typer.Argument(help="A picture.")],
+    image: Annotated[Path, typer.Argument(help="A picture; with --video, a video or a folder of frames.")],
     question: Annotated[str, typer.Argument(help="A question about it.")],
     model: Model = None,
     method: Annotated[str, typer.Option(help="A method, or dense.")] = "visionzip",
@@ -188,17 +188,22 @@ def ask(
     device: Device = "auto",
     attn_implementation: Attention = None,
     plugins: Plugins = None,
+    video: Annotated[bool, typer.Option("--video", help="Ask a model that takes videos about one.")] = False,
+    frames: Annotated[int, typer.Option(help="Of a video, evenly spaced.")] = 8,
 ) -> None:
-    """Ask a model about one picture."""
+    """Ask a model about one picture, or one video."""
     with _status("loading"):
         _prepare(plugins)
         from llava_sparse.evaluation import ask as ask_model
         from llava_sparse.evaluation import load_model
         from llava_sparse.evaluation.models import check_methods, read_picture
+        from llava_sparse.evaluation.videos import read_frames
+        from llava_sparse.families import FAMILIES
 
         check_methods([method])
-        picture = read_picture(image)
-        loaded = load_model(model, dtype, device, attn_implementation)
+        picture = read_frames(image, frames) if video else read_picture(image)
+        known = [kind for family in FAMILIES.values() for kind in (family.model_type, family.sparse_type)]
+        loaded = load_model(model, dtype, device, attn_implementation, known)
     pruned = loaded.with_method(method, budget)
     typer.echo(ask_model(pruned, loaded.processor, picture, question, loaded.prompt(short_answer=False)))
 

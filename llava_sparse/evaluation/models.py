@@ -90,7 +90,11 @@ def check_prompt(prompt: str) -> None:
 
 
 def load_model(
-    name: str | Path | None = None, dtype: str = "auto", device: str = "auto", attn_implementation: str | None = None
+    name: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str | None = None,
+    model_types: Sequence[str] = MODEL_TYPES,
 ) -> LoadedModel:
     """Loads a LLaVA and its processor.
 
@@ -100,13 +104,14 @@ def load_model(
             times slower, bfloat16 if the processor has instructions for it, else float32.
         device: what torch calls it, or `"auto"`: the first GPU, else the CPU.
         attn_implementation: transformers' name of an attention backend; None for its default.
+        model_types: of configurations that are allowed.
 
     Raises:
         ValueError: if it is no LLaVA, lacks weights, or for an unknown dtype or device.
         OSError: if there is no such folder, or the Hub cannot be reached.
     """
     path = str(CHECKPOINT if name is None else name)
-    _check_llava(path)
+    _check_llava(path, model_types)
     place = resolve_device(device)
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model, report = AutoModelForImageTextToText.from_pretrained(
@@ -126,7 +131,7 @@ def load_model(
     return LoadedModel(model.eval().to(place), processor, path, knows)
 
 
-def _check_llava(path: str) -> None:
+def _check_llava(path: str, model_types: Sequence[str]) -> None:
     """Looks at the configuration before any weight is read or downloaded."""
     if Path(path).exists():
         if not (Path(path) / "config.json").is_file():
@@ -140,8 +145,8 @@ def _check_llava(path: str) -> None:
             raise ValueError(f"{path}: config.json cannot be read; a JSON object is allowed.") from error
         raise OSError(f"{path}: no such folder, and it cannot be loaded from the Hub: is there a network?") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in MODEL_TYPES:
-        raise ValueError(f"{path}: model_type {kind!r} is no LLaVA; allowed: {', '.join(MODEL_TYPES)}.")
+    if kind not in model_types:
+        raise ValueError(f"{path}: model_type {kind!r} is no LLaVA; allowed: {', '.join(model_types)}.")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -210,18 +215,30 @@ def fill_prompt(prompt: str, question: str, image_tokens: str) -> str:
 
 
 @torch.inference_mode()
-def ask(model: Any, processor: Any, image: Image.Image, question: str, prompt: str, max_new_tokens: int = 128) -> str:
-    """A model's greedy answer to a question about one image.
+def ask(
+    model: Any,
+    processor: Any,
+    image: Image.Image | Sequence[Image.Image],
+    question: str,
+    prompt: str,
+    max_new_tokens: int = 128,
+) -> str:
+    """A model's greedy answer to a question about one image, or one video.
 
     Args:
         model: dense or pruned.
         processor: stock or sparse.
+        image: a picture, or the frames of a video.
         prompt: as from `LoadedModel.prompt`.
 
     Raises:
-        ValueError: if the question holds an image token of its own.
+        ValueError: if the question holds an image token of its own, and for a video where the model takes none.
     """
-    text = fill_prompt(prompt, question, processor.image_token)
-    inputs = processor(images=[image], text=[text], return_tensors="pt").to(model.device, model.dtype)
+    still = isinstance(image, Image.Image)
+    if not still and not hasattr(processor, "video_token"):
+        raise ValueError(f"{type(processor).__name__}: this model takes pictures alone, no videos.")
+    text = fill_prompt(prompt, question, processor.image_token if still else processor.video_token)
+    seen: dict[str, Any] = {"images": [image]} if still else {"videos": [list(image)]}  # type: ignore[arg-type]
+    inputs = processor(**seen, text=[text], return_tensors="pt").to(model.device, model.dtype)
     ids = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.processing_utils import ProcessorMixin
 
 import llava_sparse
+from llava_sparse.evaluation import ask
 from llava_sparse.modeling.configuration_sparse_llava import build_sparsifier
 from llava_sparse.modeling.configuration_sparse_video_llava import SparseVideoLlavaConfig
 from llava_sparse.modeling.pruning_registry import METHODS
@@ -368,3 +369,15 @@ def test_the_sparse_processor_writes_what_enters_the_decoder(dense, processor_of
             model(**short, as_passed=False).logits.shape[1] == short["input_ids"].shape[1]
             or "+" in settings["sparse_method"]
         )
+
+
+def test_asking_about_a_video(dense, processor_of):
+    processor = processor_of(SparseVideoLlavaProcessor)
+    model = llava_sparse.sparsify(dense, "divprune", 40)
+    model.config.video_token_index = processor.video_token_id
+    frames = [tiny.image(frame) for frame in range(FRAMES)]
+    prompt = "USER: <image> {question} ASSISTANT:"
+    said = ask(model, processor, frames, "Is there a dog ?", prompt, max_new_tokens=4)
+    text = processor(videos=[frames], text=["USER: <video> Is there a dog ? ASSISTANT:"], return_tensors="pt")
+    new = model.generate(**text, max_new_tokens=4, do_sample=False)[0, text["input_ids"].shape[1] :]
+    assert said == processor.tokenizer.decode(new, skip_special_tokens=True).strip()
