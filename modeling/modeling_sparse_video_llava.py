@@ -229,6 +229,11 @@ class SparseVideoLlavaForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See `SparseVideoLlavaModel.get_video_features`."""
+        features: BaseModelOutputWithPooling = self.model.get_video_features(pixel_values_videos, **kwargs)
+        return features
+
     @can_return_tuple
     def forward(
         self,

@@ -30,6 +30,10 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionProcessor,
     SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+    VideoLlavaImageProcessor,
+    VideoLlavaProcessor,
 )
 from transformers.processing_utils import ProcessorMixin
 
@@ -213,8 +217,9 @@ class Frames:
         self.images = images
 
     def __call__(self, videos: list[list[Image.Image]], **kwargs: Any) -> dict[str, torch.Tensor]:
-        pixels = [self.images(video, return_tensors="pt")["pixel_values"][:, 0] for video in videos]
-        return {"pixel_values_videos": torch.stack(pixels)}
+        pixels = [next(iter(self.images(video, return_tensors="pt").values())) for video in videos]
+        # Of an image processor that cuts tiles, the first of each.
+        return {"pixel_values_videos": torch.stack([x if x.dim() == 4 else x[:, 0] for x in pixels])}
 
 
 def onevision_processor(**settings: Any) -> Any:
@@ -295,6 +300,60 @@ LLAVA_NEXT_VIDEO = Family(
     slow=True,
 )
 
+# --- Video-LLaVA -------------------------------------------------------------------------------------------------
+
+
+def video_model(backbone: str = "llama") -> VideoLlavaForConditionalGeneration:
+    """A Video-LLaVA around the decoder and the projector of `tiny.dense_model`; its towers differ."""
+    dense = tiny.dense_model(backbone)
+    torch.manual_seed(2)
+    config = VideoLlavaConfig(
+        vision_config=tiny.vision_config(),
+        text_config=tiny.text_config(backbone),
+        image_token_index=4,
+        video_token_index=len(tiny.WORDS),
+    )
+    config.text_config.max_position_embeddings = 1024
+    model = VideoLlavaForConditionalGeneration(config).eval()
+    told = model.load_state_dict(dense.state_dict(), strict=False)
+    assert all("_tower." in key for key in (*told.missing_keys, *told.unexpected_keys))
+    for tower in (model.model.image_tower, model.model.video_tower):
+        for layer in tower.encoder.layers:
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                torch.nn.init.normal_(getattr(layer.self_attn, name).weight, std=0.25)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def video_processor(**settings: Any) -> Any:
+    size = {"shortest_edge": tiny.SIDE}
+    images = VideoLlavaImageProcessor(size=size, crop_size={"height": tiny.SIDE, "width": tiny.SIDE})
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<video>"], special_tokens=True)
+    with patch.object(ProcessorMixin, "check_argument_for_proper_class", lambda *args: None):
+        return sparse_or_stock(VideoLlavaProcessor, settings)(
+            image_processor=images, video_processor=Frames(images), tokenizer=tokenizer, **settings
+        )
+
+
+def video_inputs(processor: Any, texts: list[str], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Older releases call an image's pixels by another name."""
+    inputs = next_inputs(processor, texts, seed)
+    return {"pixel_values" if name == "pixel_values_images" else name: x for name, x in inputs.items()}
+
+
+VIDEO_LLAVA = Family(
+    name="video_llava",
+    make=video_model,
+    processor=video_processor,
+    inputs=video_inputs,
+    budget=16,
+    save=lambda folder: tiny.save_under_old_names(video_model(), None, folder),
+    texts=[*TEXTS, "USER: <image> Is <video> a dog ? ASSISTANT:", "USER: <video> What tree ? ASSISTANT:"],
+    dense_at_all=("divprune", "eadp", "fastv", "pyramiddrop", "scope", "random", "cdpruner"),
+    saves_processor=False,
+)
+
 # --- Mini-Gemini -------------------------------------------------------------------------------------------------
 
 # In four tiles and as a whole, each of 16 patches; every patch mines 4 x 4 vectors.
@@ -368,6 +427,7 @@ FAMILIES = [
     LLAVA_NEXT,
     LLAVA_NEXT_VIDEO,
     LLAVA_ONEVISION,
+    VIDEO_LLAVA,
     MINI_GEMINI,
     qwen("qwen2_5_vl"),
     qwen("qwen3_vl", slow=True),

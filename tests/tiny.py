@@ -163,7 +163,7 @@ def save_under_old_names(model, processor, folder: Path) -> Path:
     for key, value in model.state_dict().items():
         key = re.sub(r"^model\.language_model\.", "language_model.model.", key)
         key = re.sub(r"^lm_head\.", "language_model.lm_head.", key)
-        key = re.sub(r"^model\.vision_tower\.", "vision_tower.vision_model.", key)
+        key = re.sub(r"^model\.(vision|image|video)_tower\.", r"\1_tower.vision_model.", key)
         renamed[key.removeprefix("model.")] = value.contiguous()
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

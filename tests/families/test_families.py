@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -152,14 +153,15 @@ def test_a_ratio_of_one_is_dense(family, method):
 
 @crossed
 def test_what_enters_the_decoder_is_the_budget(family, method):
-    """At most, of each picture; and the record knows it."""
+    """At most, of each picture and video; and the record knows it."""
     model, single = pruned(family, method), singles(family)[-1]
     with torch.no_grad():
         out = model(**single, output_selection=True)
     lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
-    text = int((~model.model.placeholders(single["input_ids"], None)).sum())
+    marks = [model.model.placeholders(single["input_ids"], None, name) for name in model.model.modalities]
+    text, items = int((~torch.stack(marks).any(0)).sum()), len(re.findall("<image>|<video>", family.texts[-1]))
     if METHODS.get(method) is not None and METHODS[method].kind == "encoder":
-        assert len(set(lengths)) == 1 and 0 < lengths[0] - text <= family.budget
+        assert len(set(lengths)) == 1 and 0 < lengths[0] - text <= items * family.budget
     else:
         assert lengths[-1] < lengths[0] and lengths == sorted(lengths, reverse=True)
     assert len(out.selection) >= 1
@@ -208,8 +210,8 @@ def test_labels_and_gradients(family, method):
     model, batch = llava_sparse.sparsify(family.make(), method, family.budget), batch_of(family)
     loss = model(**labelled(model, batch)).loss
     loss.backward()
-    tower = getattr(model.model, "vision_tower", None) or model.model.visual
-    for part in (model.model.language_model.layers[0], tower, model.lm_head):
+    towers = [part for name, part in model.model.named_children() if "tower" in name or name == "visual"]
+    for part in (model.model.language_model.layers[0], *towers, model.lm_head):
         grads = [p.grad for p in part.parameters() if p.grad is not None]
         assert grads and all(g.isfinite().all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
     if family.shortens:

@@ -6,46 +6,23 @@ import pytest
 import tiny
 import torch
 from cases import CASES
-from hub_folder import load_without_the_package
-from transformers import (
-    AutoModelForImageTextToText,
-    VideoLlavaConfig,
-    VideoLlavaForConditionalGeneration,
-    VideoLlavaImageProcessor,
-    VideoLlavaProcessor,
-)
-from transformers.processing_utils import ProcessorMixin
+from family_cases import video_model, video_processor
 
 import llava_sparse
 from llava_sparse.evaluation import ask
 from llava_sparse.modeling.configuration_sparse_llava import build_sparsifier
 from llava_sparse.modeling.configuration_sparse_video_llava import SparseVideoLlavaConfig
 from llava_sparse.modeling.pruning_registry import METHODS
-from llava_sparse.processing import SparseVideoLlavaProcessor
 
 PATCHES, FRAME, FRAMES = 16, 17, 8
 VIDEO = FRAME * FRAMES
-IMAGE_ID, VIDEO_ID, NEW = 4, 40, 4
+IMAGE_ID, VIDEO_ID, NEW = 4, len(tiny.WORDS), 4
 METHOD_CASES = [case for case in CASES if not case.slow]
 
 
 @pytest.fixture(scope="module")
 def dense():
-    torch.manual_seed(0)
-    config = VideoLlavaConfig(
-        vision_config=tiny.vision_config(),
-        text_config=tiny.text_config(),
-        image_token_index=IMAGE_ID,
-        video_token_index=VIDEO_ID,
-        image_seq_length=PATCHES,
-        video_seq_length=VIDEO,
-    )
-    config.text_config.max_position_embeddings = 1024
-    model = VideoLlavaForConditionalGeneration(config).eval()
-    for projection in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
-        torch.nn.init.normal_(projection.weight, std=0.2)
-    model.generation_config.pad_token_id = 0
-    return model
+    return video_model()
 
 
 def pixels(*shape, seed):
@@ -273,62 +250,6 @@ def test_labels_and_gradients(dense, method):
     model.zero_grad()
 
 
-def test_loading_and_saving(dense, tmp_path):
-    inputs = batch("a V b I c")
-    dense.save_pretrained(tmp_path / "stock")
-    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path / "stock")).__name__ == type(dense).__name__
-    model, report = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "stock", sparse_method="visionzip", sparse_budget=40, output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    model.save_pretrained(tmp_path / "sparse")
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "sparse")
-    assert again.config.sparse_budget == 40
-    with torch.no_grad():
-        expected = llava_sparse.sparsify(dense, "visionzip", 40)(**inputs).logits
-        for one in (model, again):
-            torch.testing.assert_close(one(**inputs).logits, expected)
-
-
-def test_a_hub_folder_loads_without_the_package(dense, tmp_path):
-    """The tokenizer alone beside it: the stock video processor needs torchvision."""
-    model, inputs = llava_sparse.sparsify(dense, "visionzip", 40), batch("a V b I c")
-    llava_sparse.hub.save_to_hub_folder(model, tiny.tokenizer(), tmp_path)
-    got = load_without_the_package(tmp_path, inputs)
-    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False).tolist()
-    assert got["method"] == "visionzip" and got["tokens"] == [expected, expected]
-
-
-class Frames:
-    """Stands for the stock video processor, which needs torchvision: frames as the image processor has them."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __call__(self, videos, **kwargs):
-        frames = [torch.stack(self.one(video)) for video in videos]
-        return {"pixel_values_videos": torch.stack(frames)}
-
-    def one(self, video):
-        out = self.images(video, return_tensors="pt")
-        return list(out.get("pixel_values_images", out.get("pixel_values")))
-
-
-@pytest.fixture
-def processor_of(monkeypatch):
-    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *args: None)
-    images = VideoLlavaImageProcessor(
-        size={"shortest_edge": tiny.SIDE}, crop_size={"height": tiny.SIDE, "width": tiny.SIDE}
-    )
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_tokens(["<video>"], special_tokens=True)
-
-    def made(cls, **settings):
-        return cls(image_processor=images, video_processor=Frames(images), tokenizer=tokenizer, **settings)
-
-    return made
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -343,8 +264,8 @@ def processor_of(monkeypatch):
 )
 @pytest.mark.parametrize("frames", [3, FRAMES])
 @torch.no_grad()
-def test_the_sparse_processor_writes_what_enters_the_decoder(dense, processor_of, settings, frames):
-    ours, stock = processor_of(SparseVideoLlavaProcessor, **settings), processor_of(VideoLlavaProcessor)
+def test_the_sparse_processor_writes_what_enters_the_decoder(dense, settings, frames):
+    ours, stock = video_processor(**settings), video_processor()
     given = {
         "text": ["USER: <image> Is <video> a ? ASSISTANT:", "USER: <video> ? ASSISTANT:"],
         "images": [tiny.image(0)],
@@ -352,12 +273,12 @@ def test_the_sparse_processor_writes_what_enters_the_decoder(dense, processor_of
         "padding": True,
         "return_tensors": "pt",
     }
-    short, long = ours(**given), stock(**given)
+    short, long = ours(**given), dict(stock(**given))
+    long.setdefault("pixel_values", long.pop("pixel_values_images", None))
     model = llava_sparse.sparsify(
         dense, **{name.removeprefix("sparse_"): value for name, value in settings.items() if name != "sparse_method"},
         method=settings["sparse_method"],
     )  # fmt: skip
-    model.config.video_token_index = stock.video_token_id
     if "fastv" not in settings["sparse_method"]:
         torch.testing.assert_close(model(**short).logits[:, -1], model(**long).logits[:, -1], rtol=0, atol=2e-4)
     if settings["sparse_method"] == "sparsevlm":
@@ -371,10 +292,9 @@ def test_the_sparse_processor_writes_what_enters_the_decoder(dense, processor_of
         )
 
 
-def test_asking_about_a_video(dense, processor_of):
-    processor = processor_of(SparseVideoLlavaProcessor)
+def test_asking_about_a_video(dense):
+    processor = video_processor(sparse_method="divprune", sparse_budget=40)
     model = llava_sparse.sparsify(dense, "divprune", 40)
-    model.config.video_token_index = processor.video_token_id
     frames = [tiny.image(frame) for frame in range(FRAMES)]
     prompt = "USER: <image> {question} ASSISTANT:"
     said = ask(model, processor, frames, "Is there a dog ?", prompt, max_new_tokens=4)
