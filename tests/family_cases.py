@@ -258,6 +258,7 @@ LLAVA_ONEVISION = Family(
 
 
 def next_video_model() -> LlavaNextVideoForConditionalGeneration:
+    dense = tiny.dense_model()
     config = LlavaNextVideoConfig(
         vision_config=tiny.vision_config(),
         text_config=tiny.text_config(),
@@ -266,7 +267,7 @@ def next_video_model() -> LlavaNextVideoForConditionalGeneration:
         image_grid_pinpoints=PINPOINTS,
     )
     model = LlavaNextVideoForConditionalGeneration(config).eval()
-    told = model.load_state_dict(tiny.dense_model().state_dict(), strict=False)
+    told = model.load_state_dict(dense.state_dict(), strict=False)
     assert told.missing_keys == ["model.image_newline"] and not told.unexpected_keys
     model.generation_config.pad_token_id = 0
     return model
