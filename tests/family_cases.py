@@ -406,19 +406,20 @@ MINI_GEMINI = Family(
 # --- Qwen-VL -----------------------------------------------------------------------------------------------------
 
 
-def qwen(name: str, slow: bool = False) -> Family:
+def qwen(name: str, prefix: str) -> Family:
+    stock = getattr(transformers, f"{prefix}Processor")
     needs_cls = "which '.*_vision' is not made for; supported: cdpruner"
     return Family(
         name=name,
         make=lambda: tiny_qwen.dense_model(name),
-        processor=lambda **settings: None,
-        inputs=lambda processor, texts, seed=0: tiny_qwen.from_texts(texts, seed),
+        processor=lambda **settings: tiny_qwen.processor(sparse_or_stock(stock, settings), **settings),
+        inputs=lambda processor, texts, seed=0: tiny_qwen.from_texts(processor, texts, seed),
         budget=6,
         save=lambda folder: tiny_qwen.save_checkpoint(tiny_qwen.dense_model(name), folder),
         dense_at_all=("visionzip", "divprune", "eadp", "fastv", "pyramiddrop", "random", "cdpruner", "delegate"),
         shortens=False,
         saves_processor=False,
-        slow=slow,
+        slow=True,
         refused=dict.fromkeys(("tome", "scope", "vispruner"), needs_cls),
     )
 
@@ -430,6 +431,6 @@ FAMILIES = [
     LLAVA_ONEVISION,
     VIDEO_LLAVA,
     MINI_GEMINI,
-    qwen("qwen2_5_vl"),
-    qwen("qwen3_vl", slow=True),
+    qwen("qwen2_5_vl", "Qwen2_5_VL"),
+    qwen("qwen3_vl", "Qwen3VL"),
 ]

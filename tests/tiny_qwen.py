@@ -7,9 +7,12 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import tiny
 import torch
+import transformers
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     Qwen2_5_VLConfig,
@@ -19,8 +22,10 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.processing_utils import ProcessorMixin
 
-IMAGE, VIDEO, START, END = 63, 62, 61, 60
+SPECIAL = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
+START, END, VIDEO, IMAGE = range(len(tiny.WORDS), len(tiny.WORDS) + len(SPECIAL))
 PATCH = 3 * 2 * 14 * 14
 LAYERS = 6
 
@@ -125,23 +130,26 @@ def batch(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return typed(made)
 
 
-GRIDS = [(1, 6, 12), (1, 8, 6), (1, 10, 4), (1, 8, 8)]
+# (width, height)
+SIZES_OF_PICTURES = [(168, 84), (84, 112), (56, 140), (112, 112)]
 
 
-def from_texts(texts: list[str], seed: int) -> dict[str, torch.Tensor]:
-    """What a processor would give for texts with `<image>`; the processors themselves need torchvision."""
-    prompts = []
-    for text in texts:
-        parts: list[Any] = []
-        own = []
-        for word in text.split():
-            parts.append(GRIDS[seed % len(GRIDS)] if word == "<image>" else tiny.WORDS.index(word))
-            if word == "<image>":
-                own.append(prompt([GRIDS[seed % len(GRIDS)]], seed)["pixel_values"])
-                seed += 1
-        prompts.append(prompt([1, *parts]))
-        prompts[-1] |= {"pixel_values": torch.cat(own)} if own else {}
-    return batch(prompts)
+def processor(cls: Any, **settings: Any) -> Any:
+    """For pictures alone: the processor of videos needs torchvision."""
+    kind = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(SPECIAL, special_tokens=True)
+    images = kind(size={"shortest_edge": 16 * 14**2, "longest_edge": 144 * 14**2})
+    with patch.object(ProcessorMixin, "check_argument_for_proper_class", lambda *args: None):
+        return cls(image_processor=images, tokenizer=tokenizer, video_processor=None, **settings)
+
+
+def from_texts(processor: Any, texts: list[str], seed: int) -> dict[str, torch.Tensor]:
+    """What a processor gives for texts, with a picture of another size for each `<image>`."""
+    sizes = [SIZES_OF_PICTURES[(seed + i) % 4] for i in range(sum(text.count("<image>") for text in texts))]
+    pictures = [tiny.image(seed + i).resize(size, Image.Resampling.BICUBIC) for i, size in enumerate(sizes)] or None
+    written = [text.replace("<image>", "<|vision_start|> <|image_pad|> <|vision_end|>") for text in texts]
+    return dict(processor(images=pictures, text=written, return_tensors="pt", padding=True))
 
 
 def save_checkpoint(model: Any, folder: Path) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from cost import Watch
-from tiny_qwen import batch, dense_model, prompt, typed
+from tiny_qwen import IMAGE, VIDEO, batch, dense_model, from_texts, processor, prompt, typed
 
 import llava_sparse
 from llava_sparse.modeling.pruning_registry import METHODS as KNOWN
@@ -66,6 +67,7 @@ def inputs(dense, name, seed=0):
 
 def greedy(model, given, **kwargs):
     arguments = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    arguments["suppress_tokens"] = [IMAGE, VIDEO]
     return model.generate(**given, **{**arguments, **kwargs})
 
 
@@ -348,6 +350,12 @@ def test_a_static_cache(dense, name):
     assert torch.equal(static.sequences, expected.sequences)
 
 
+@pytest.mark.parametrize("name", ["visionzip", "delegate", "fastv", "sparsevlm"])
+def test_without_a_cache(dense, name):
+    model, given = pruned(dense, name), batch([inputs(dense, "both"), inputs(dense, "wide", 1)])
+    assert torch.equal(greedy(model, given, use_cache=False).sequences, greedy(model, given).sequences)
+
+
 def test_chunked_prefill(dense):
     model, given = pruned(dense, "visionzip"), batch([inputs(dense, "both"), inputs(dense, "wide", 1)])
     assert torch.equal(greedy(model, given, prefill_chunk_size=5).sequences, greedy(model, given).sequences)
@@ -366,6 +374,46 @@ def test_features_encoded_by_the_caller(dense, name):
         assert torch.equal(model(**rest, mm_encoder_outputs=encoded).logits, expected)
     said = greedy(model, rest, mm_encoder_outputs=encoded)
     assert torch.equal(said.sequences, greedy(model, given).sequences)
+
+
+@pytest.mark.parametrize("name", ["divprune", "cdpruner", "fastv", "sparsevlm"])
+@torch.no_grad()
+def test_features_of_a_dense_model(dense, name):
+    model, given = pruned(dense, name), batch([inputs(dense, "two"), inputs(dense, "wide", 1)])
+    expected, pixels = model(**given).logits, given.pop("pixel_values")
+    features = dense.get_image_features(pixels, given["image_grid_thw"], return_dict=True)
+    assert_near(model(**given, mm_encoder_outputs={"image": features}).logits, expected)
+    mask = given["mm_token_type_ids"] == 1
+    embeds = model.get_input_embeddings()(given["input_ids"])
+    embeds = embeds.masked_scatter(mask[..., None], torch.cat(list(features.pooler_output)))
+    merged = {"inputs_embeds": embeds, "attention_mask": given["attention_mask"], "visual_mask": mask}
+    if dense.config.model_type == "qwen3_vl":
+        with pytest.raises(ValueError, match="features of earlier tower layers"):
+            model(**merged)
+        return
+    assert_near(model(**merged, image_grid_thw=given["image_grid_thw"]).logits, expected)
+    with pytest.raises(ValueError, match="image_grid_thw must be given"):
+        model(**merged)
+
+
+@torch.no_grad()
+def test_samples_packed_into_a_row(dense):
+    """A row of positions in front of the axes tells them apart; the methods that can, see each as if it were alone."""
+    parts = [inputs(dense, "wide"), inputs(dense, "two", 1)]
+    axes = [dense.model.get_rope_index(x["input_ids"], x["mm_token_type_ids"], x["image_grid_thw"])[0] for x in parts]
+    rows = [torch.arange(x.shape[2]).expand(1, 1, -1) for x in axes]
+    packed = {
+        "input_ids": torch.cat([x["input_ids"] for x in parts], dim=1),
+        "position_ids": torch.cat([torch.cat(rows, dim=2), torch.cat(axes, dim=2)]),
+        "pixel_values": torch.cat([x["pixel_values"] for x in parts]),
+        "image_grid_thw": torch.cat([x["image_grid_thw"] for x in parts]),
+        "use_cache": False,
+    }
+    model = pruned(dense, "visionzip")
+    alone = torch.cat([model(**x).logits for x in parts], dim=1)
+    assert_near(model(**packed).logits, alone)
+    with pytest.raises(ValueError, match="several samples are packed into it"):
+        pruned(dense, "fastv")(**packed)
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -438,6 +486,25 @@ def test_what_a_forward_pass_refuses(dense):
     )
     with pytest.raises(ValueError, match="image_grid_thw must be given, or position_ids"):
         model(**given, mm_encoder_outputs={"image": encoded})
+
+
+# --- Processors --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+def test_our_processor_checks_settings_and_writes_all_placeholders(prefix):
+    """Positions are those of the whole picture, so that no placeholder may be missing."""
+    stock, ours = (
+        getattr(module, f"{kind}{prefix}Processor") for module, kind in ((transformers, ""), (llava_sparse, "Sparse"))
+    )
+    texts = ["USER: <image> What dog ? ASSISTANT:"]
+    expected = from_texts(processor(stock), texts, 0)
+    for settings in ({"sparse_budget": 10**4}, {"sparse_budgets": [0.4, 0.1]}, {"sparse_budget": 0.2}):
+        made = from_texts(processor(ours, sparse_method="visionzip", **settings), texts, 0)
+        assert set(made) == set(expected) and all(torch.equal(made[name], expected[name]) for name in made)
+    for settings in ({"sparse_budget": 0}, {"sparse_budgets": [0.9, 0.4]}, {}, {"sparse_budget": 3, "sparse_x": 1}):
+        with pytest.raises(ValueError, match="sparse_"):
+            processor(ours, sparse_method="visionzip", **settings)
 
 
 # --- Cost --------------------------------------------------------------------------------------------------------
