@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import LlavaProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
@@ -93,10 +92,10 @@ class SparseMiniGeminiProcessor(SparseProcessorMixin, LlavaProcessor):
 
     def _square(self, image: Any) -> Any:
         """A picture in the middle of a square of the mean colour."""
-        picture = image if isinstance(image, Image.Image) else to_pil_image(image)
-        picture, side = picture.convert("RGB"), max(picture.size)
-        colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
-        square = Image.new("RGB", (side, side), colour)
+        picture = to_pil_image(image).convert("RGB")
+        side = max(picture.size)
+        square = picture.resize((side, side))
+        square.paste(tuple(int(mean * 255) for mean in self.image_processor.image_mean), (0, 0, side, side))
         square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         return square
 
