@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .modeling.pruning_model import PrunedHeadMixin
+from .modeling.pruning_head import PrunedHeadMixin
 
 CARD = """---
 library_name: transformers

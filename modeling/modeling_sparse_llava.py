@@ -16,8 +16,9 @@ from .modeling_sparse_clip import ProjectedFeaturesMixin, SparseCLIPVisionModel,
 from .modeling_sparse_text import sparse_decoder
 from .pruning_cache import the_cache
 from .pruning_generation import PrunedGenerationMixin
+from .pruning_head import PrunedHeadMixin, SparseCausalLMOutput
 from .pruning_items import ImageFeatures
-from .pruning_model import PrunedHeadMixin, PrunedModelMixin, SparseCausalLMOutput
+from .pruning_model import PrunedModelMixin
 from .pruning_ops import image_fingerprints
 
 register_weight_names({"sparse_llava": "llava", "SparseLlavaModel": "LlavaModel"})

@@ -21,7 +21,7 @@ from .modeling_sparse_clip import register_weight_names, vision_tower
 from .modeling_sparse_llava import SparseLlavaForConditionalGeneration
 from .modeling_sparse_text import sparse_decoder
 from .pruning_generation import PrunedGenerationMixin
-from .pruning_model import PrunedHeadMixin
+from .pruning_head import PrunedHeadMixin
 from .pruning_tiles import TilesMixin
 
 register_weight_names(

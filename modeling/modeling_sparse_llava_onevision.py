@@ -18,8 +18,8 @@ from .modeling_sparse_clip import register_weight_names, vision_tower
 from .modeling_sparse_text import sparse_decoder
 from .pruning_cache import the_cache
 from .pruning_generation import PrunedGenerationMixin
+from .pruning_head import PrunedHeadMixin, SparseCausalLMOutput
 from .pruning_items import ImageFeatures
-from .pruning_model import PrunedHeadMixin, SparseCausalLMOutput
 from .pruning_tiles import OF_PICTURES, TilesMixin
 
 register_weight_names({"sparse_llava_onevision": "llava_onevision", "SparseLlavaOnevisionModel": "LlavaOnevisionModel"})

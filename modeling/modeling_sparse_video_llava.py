@@ -19,8 +19,9 @@ from .modeling_sparse_clip import SparseCLIPVisionModel, register_weight_names
 from .modeling_sparse_text import sparse_decoder
 from .pruning_cache import the_cache
 from .pruning_generation import PrunedGenerationMixin
+from .pruning_head import PrunedHeadMixin, SparseCausalLMOutput
 from .pruning_items import ImageFeatures
-from .pruning_model import PrunedHeadMixin, PrunedModelMixin, SparseCausalLMOutput
+from .pruning_model import PrunedModelMixin
 from .pruning_ops import image_fingerprints
 from .pruning_types import VisualTokens
 

@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache
 from .pruning_cache import CACHE, remember, remembered
 from .pruning_inputs import DecoderInputs, positions_gathered, translate
 from .pruning_ops import rows_at
-from .pruning_sequence import PADDING, Compaction, PromptLayout, of_caller, plan_compaction
+from .pruning_sequence import PADDING, Compaction, of_caller, plan_compaction
 from .pruning_stage import DecoderPruning
 
 
@@ -32,13 +32,11 @@ def decode_apart(
             "sparse_options: with trim_cache=True what follows a prompt sees its trimmed cache, and checkpointed "
             "layers have none: train with trim_cache=False, or without gradient checkpointing."
         )
-    kwargs = dict(kwargs)
-    use_cache = kwargs.pop("use_cache", None)
+    use_cache = kwargs.get("use_cache")
     keeps = decoder.config.use_cache if use_cache is None else use_cache
     held: Any = DynamicCache(config=decoder.config) if cache is None else cache
-    kwargs |= {"use_cache": True, CACHE: held}
-    layout: PromptLayout = pruning.layout
-    embeds, positions = inputs.embeds, inputs.position_ids
+    kwargs = kwargs | {"use_cache": True, CACHE: held}
+    layout, embeds, positions = pruning.layout, inputs.embeds, inputs.position_ids
     batch, length, _ = embeds.shape
     counts, none = layout.answer_counts, [0] * batch
     front = plan_compaction(~layout.answer, counts, layout.valid, (layout.lengths, none))
@@ -63,8 +61,7 @@ def decode_apart(
         inputs_embeds=rest.embeds, attention_mask=rest.attention_mask, position_ids=rest.position_ids, **kwargs
     )
     for layer, prompt in remembered(held).items() if keeps else ():
-        new = behind.source.shape[1]
-        remember(held, layer, prompt.followed_by(behind.valid, new, None if layer else length))
+        remember(held, layer, prompt.followed_by(behind.valid, behind.source.shape[1], None if layer else length))
     stages = first.selection and tuple(
         replace(stage, raters=of_caller(stage.raters, front.columns)) for stage in first.selection
     )
@@ -77,8 +74,7 @@ def decode_apart(
         pairs = zip(first.hidden_states, second.hidden_states, strict=True)
         second.hidden_states = tuple(torch.cat(pair, dim=1) for pair in pairs)
     second.attentions = None
-    second.columns, second.selection = columns.gather(1, order), stages
-    second[CACHE] = held if keeps else None
+    second.columns, second.selection, second[CACHE] = columns.gather(1, order), stages, held if keeps else None
     return second
 
 

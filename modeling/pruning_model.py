@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_sparse_llava import build_method
 from .pruning_answer import decode_apart
 from .pruning_cache import CACHE, remember, remembered, the_cache
 from .pruning_inputs import (
-    IGNORED_LABEL,
     DecoderInputs,
     check_unpacked,
     newest_mask,
     place_features,
-    prompt_lengths,
     question_of,
     rows_as_passed,
     translate,
@@ -33,7 +29,6 @@ from .pruning_items import ImageFeatures, Request, VisualItemsMixin
 from .pruning_ops import autocast_disabled, rows_at
 from .pruning_record import by_prompt, numbers_by_prompt, stage_of_encoder
 from .pruning_sequence import PADDING, PromptLayout, of_caller
-from .pruning_settings import Sparsity, as_lists
 from .pruning_stage import DecoderPruning
 from .pruning_types import Question, Selection, VisionFeatures, VisualTokens, concatenated
 
@@ -54,14 +49,6 @@ class SparseModelOutput(LlavaModelOutputWithPast):
             padding.
         selection: the stages, one `Selection` each, if they were asked for.
     """
-
-    columns: Tensor | None = None
-    selection: tuple[Selection, ...] | None = None
-
-
-@dataclass
-class SparseCausalLMOutput(LlavaCausalLMOutputWithPast):
-    """Adds to the stock output; see `SparseModelOutput`. `logits` has the rows of `last_hidden_state`."""
 
     columns: Tensor | None = None
     selection: tuple[Selection, ...] | None = None
@@ -114,44 +101,32 @@ class PrunedModelMixin(VisualItemsMixin):
 
         Args:
             visual_mask: `(batch, length)` bool, which rows of `inputs_embeds` are image features of the dense model,
-                all of each image; not together with `pixel_values`. Needed for `inputs_embeds` without `pixel_values`.
-            mm_encoder_outputs: `{"image": ...}`, what `get_image_features` gave, of this model or of a stock one, in
-                place of `pixel_values`.
+                all of each image. Needed for `inputs_embeds` without `pixel_values`.
+            mm_encoder_outputs: `{"image": ...}`, what `get_image_features` gave, of this model or of a stock one.
             output_selection: whether to return the stages.
             prefill_chunk_size: tokens that the decoder takes at a time; None for all. Not with a decoder method.
             prompt_length: `(batch,)` int64, or one int: how many columns of each row, padding on the left included, are
-                its prompt. What follows, an answer that is scored or learnt, has no part in the choice of tokens: it
-                does not rate, and is no question. It ends behind the last image; None for the whole row.
-            as_passed: whether `last_hidden_state` has a row for each token as passed, as the stock class's does. The
-                row of a token that was dropped is that of what is left in front of it, so that a row always predicts
-                the token behind. With False it has the rows that are left, and `columns` says which.
+                its prompt, which ends behind the last image; None for all. What follows, an answer that is scored or
+                learnt, has no part in the choice of tokens: it does not rate, and is no question.
+            as_passed: whether `last_hidden_state` has a row for each token as passed; a dropped one has that of what is
+                left in front of it, which predicts the token behind. False: the rows left; `columns` says which.
             position_ids: of the tokens as passed; where placeholders are dropped, each is less by those before it.
             cache, past_key_values: two names of one argument.
 
         Raises:
-            ValueError: if placeholders and images do not match, naming the counts that would; for arguments that
-                contradict each other; for a prompt that ends in front of its last image token; and for what the method
-                cannot be used with.
+            ValueError: if placeholders and images do not match, and for what arguments or the method exclude.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         cache = the_cache(past_key_values, cache)
         encoded = {name: given for name, given in (mm_encoder_outputs or {}).items() if given is not None}
-        carried = next((x.snapshot for x in encoded.values() if getattr(x, "snapshot", None) is not None), None)
-        method = self.sparsifier if carried is None else carried[0]
+        snapshots = [x.snapshot[0] for x in encoded.values() if getattr(x, "snapshot", None) is not None]
+        method = snapshots[0] if snapshots else self.sparsifier
         visual = {"pixel_values": pixel_values} | {k: kwargs.pop(k) for k in self.visual_arguments if k in kwargs}
         if method is None and self.has_stock and not remembered(cache) and prefill_chunk_size is None:
-            given: dict[str, Any] = {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-            }
-            known = {k: v for k, v in visual.items() if k != "question_ids"}
-            encoded = {name: self.stock_features(x, name) for name, x in encoded.items()}
-            given |= {"inputs_embeds": inputs_embeds, "mm_encoder_outputs": encoded or None, CACHE: cache}
-            stock = super().forward(**given, **known, return_dict=True, **kwargs)  # type: ignore[misc]
-            shared = {name: stock[name] for name in NAMES if name in stock}
-            return SparseModelOutput(**shared, selection=() if output_selection else None)
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            given |= {"inputs_embeds": inputs_embeds, CACHE: cache}
+            return self._forward_stock(given, visual, encoded, output_selection, kwargs)
         embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[arg-type]
         request = Request(
             method, input_ids, embeds, attention_mask, position_ids, cache, visual_mask, encoded, visual,
@@ -165,6 +140,15 @@ class PrunedModelMixin(VisualItemsMixin):
             states = rows_at(outputs.last_hidden_state, rows)
             outputs = replace(outputs, last_hidden_state=states, columns=None)  # type: ignore[call-arg]
         return outputs
+
+    def _forward_stock(
+        self, given: Any, visual: dict[str, Any], encoded: Any, output_selection: bool, kwargs: dict[str, Any]
+    ) -> SparseModelOutput:
+        known = {k: v for k, v in visual.items() if k != "question_ids"}
+        encoded = {name: self.stock_features(x, name) for name, x in encoded.items()} or None
+        stock = super().forward(**given, **known, mm_encoder_outputs=encoded, return_dict=True, **kwargs)  # type: ignore[misc]
+        shared = {name: stock[name] for name in NAMES if name in stock}
+        return SparseModelOutput(**shared, selection=() if output_selection else None)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """The embeddings of ids, `(batch, length, channels)`."""
@@ -429,109 +413,4 @@ class PrunedModelMixin(VisualItemsMixin):
             columns=columns,
             selection=stages if request.output_selection else None,
             **{CACHE: cache, IMAGES: seen},
-        )
-
-
-class PrunedHeadMixin:
-    """Modifications of a stock model with its head: labels follow the tokens that are left, methods can be switched."""
-
-    config: Any
-    model: Any
-    lm_head: nn.Module
-    loss_function: Any
-
-    def set_sparsity(
-        self,
-        method: str | None = None,
-        budget: Any = None,
-        *,
-        layers: Any = None,
-        budgets: Any = None,
-        options: dict[str, Any] | None = None,
-    ) -> None:
-        """Switches the method without touching the weights; `set_sparsity(None)` makes the model dense.
-
-        A forward pass or a generation that another thread has begun goes on as it began.
-
-        Args:
-            method, budget, layers, budgets, options: the configuration's fields `sparse_method`, `sparse_budget`,
-                `sparse_layers`, `sparse_budgets`, `sparse_options`.
-
-        Raises:
-            ValueError: for an invalid combination; the model stays as it was.
-        """
-        settings = Sparsity(method, budget, as_lists(layers), as_lists(budgets), options)
-        resolved = build_method(self.config, settings)
-        changed = copy.copy(self.config)
-        changed.take_sparsity(settings)
-        self.config.__dict__.update(changed.__dict__)
-        self.model.sparsifier = resolved
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Labels say where prompts end, even to a `forward` that another library has put here and that keeps them."""
-        if kwargs.get("labels") is not None and kwargs.get("prompt_length") is None:
-            ids = args[0] if args else kwargs.get("input_ids")
-            given = (kwargs.get(name) for name in ("inputs_embeds", "visual_mask"))
-            kwargs["prompt_length"] = self._prompt_length(kwargs["labels"], ids, *given)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-    def _prompt_length(
-        self, labels: Tensor, ids: Tensor | None, embeds: Tensor | None, visual_mask: Tensor | None
-    ) -> Tensor | None:
-        if self.model.sparsifier is None or (ids is None and embeds is None):
-            return None
-        if visual_mask is None:
-            marks = [self.model.placeholders(ids, embeds, name) for name in self.model.modalities]
-            visual_mask = torch.stack(marks).any(0)
-        return prompt_lengths(labels, visual_mask)
-
-    def pruned_forward(
-        self,
-        inputs: dict[str, Any],
-        labels: Tensor | None,
-        logits_to_keep: int | Tensor,
-        prompt_length: int | Tensor | None = None,
-        as_passed: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """The model, its logits and, with `labels` `(batch, length)` over the tokens as passed, the loss.
-
-        The loss is over all labels, whatever `logits_to_keep` is. Logits `as_passed` take as much memory as the dense
-        model's where `logits_to_keep` is 0; besides them, the loss needs those of the tokens that are left alone.
-        """
-        given = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
-        if labels is not None and prompt_length is None:
-            prompt_length = self._prompt_length(
-                labels, inputs["input_ids"], inputs["inputs_embeds"], inputs["visual_mask"]
-            )
-        outputs = self.model(**inputs, prompt_length=prompt_length, as_passed=False, **kwargs)
-        hidden, columns = outputs.last_hidden_state, outputs.columns
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        rows = None
-        if as_passed and columns is not None:
-            rows = rows_as_passed(columns, given.shape[1]).to(hidden.device)[:, kept]
-
-        def asked(x: Tensor) -> Tensor:
-            return x[:, kept] if rows is None else rows_at(x, rows)
-
-        few = labels is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
-        every = self.lm_head(asked(hidden) if few else hidden)
-        loss = None
-        if labels is not None:
-            if columns is not None:
-                columns = columns.to(labels.device)
-                # A row of padding predicts nothing: the token behind it has no predecessor.
-                follows_padding = nn.functional.pad(columns[:, :-1] == PADDING, (1, 0))
-                labels = labels.gather(1, columns.clamp(min=0))
-                labels = labels.masked_fill((columns < 0) | follows_padding, IGNORED_LABEL)
-            vocabulary = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=every, labels=labels, vocab_size=vocabulary, **kwargs)
-        return SparseCausalLMOutput(
-            loss=loss,
-            logits=every if few else asked(every),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            columns=None if as_passed else outputs.columns,
-            selection=outputs.selection,
-            **{name: getattr(outputs, name) for name in (CACHE, IMAGES)},
         )

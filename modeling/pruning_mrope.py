@@ -16,8 +16,9 @@ from .configuration_sparse_llava import build_sparsifier
 from .pruning_attention import row_probabilities
 from .pruning_cache import CACHE, remembered, the_cache
 from .pruning_generation import PrunedGenerationMixin
+from .pruning_head import PrunedHeadMixin, SparseCausalLMOutput
 from .pruning_inputs import DecoderInputs, newest_mask, translate
-from .pruning_model import ImageFeatures, PrunedHeadMixin, PrunedModelMixin, Request, SparseCausalLMOutput
+from .pruning_model import ImageFeatures, PrunedModelMixin, Request
 from .pruning_ops import image_fingerprints
 from .pruning_types import VisionFeatures
 

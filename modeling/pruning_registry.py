@@ -8,16 +8,9 @@ import re
 from dataclasses import MISSING, is_dataclass, replace
 from typing import Any, TypeVar
 
-from .pruning_methods import (
-    DecoderSparsifier,
-    EncoderSparsifier,
-    Sparsifier,
-    compose,
-    entering_of,
-    for_part,
-    shared_out,
-)
+from .pruning_methods import DecoderSparsifier, EncoderSparsifier, Sparsifier
 from .pruning_settings import JOIN, POSITIONS, Sparsity, check_counts, nearest, option_defaults, shown
+from .pruning_shares import compose, entering_of, for_part, shared_out
 from .pruning_types import Geometry
 
 METHODS: dict[str, type[Sparsifier]] = {}
