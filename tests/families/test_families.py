@@ -55,9 +55,20 @@ def singles(family: Family, **sparse) -> list[dict]:
     return found
 
 
+def placeholders(model) -> list[int]:
+    """What no answer may hold: it would ask for a picture."""
+    ids = vars(model.config)
+    return [
+        ids[f"{kind}_token_{end}"]
+        for kind in ("image", "video")
+        for end in ("id", "index")
+        if f"{kind}_token_{end}" in ids
+    ]
+
+
 def tokens(model, batch, **kwargs) -> torch.Tensor:
     kwargs = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **kwargs}
-    kwargs["suppress_tokens"] = [getattr(model.config, n) for n in vars(model.config) if n.endswith("_token_index")]
+    kwargs["suppress_tokens"] = placeholders(model)
     return model.generate(**batch, **kwargs)[:, batch["input_ids"].shape[1] :]
 
 
@@ -195,7 +206,7 @@ def test_answers_do_not_choose_the_tokens_that_predict_them(family, method):
     """A pass with answers as labels has the logits of the generation that gave them; so has one without a cache."""
     model, batch = pruned(family, method), batch_of(family)
     kwargs = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-    kwargs["suppress_tokens"] = [getattr(model.config, n) for n in vars(model.config) if n.endswith("_token_index")]
+    kwargs["suppress_tokens"] = placeholders(model)
     said = model.generate(**batch, **kwargs, output_logits=True, return_dict_in_generate=True)
     assert torch.equal(model.generate(**batch, **kwargs, use_cache=False), said.sequences)
     mask = torch.nn.functional.pad(batch["attention_mask"], (0, NEW), value=1)

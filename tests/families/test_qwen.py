@@ -9,6 +9,7 @@ from cost import Watch
 from tiny_qwen import IMAGE, VIDEO, batch, dense_model, from_texts, processor, prompt, typed
 
 import llava_sparse
+from llava_sparse.modeling.pruning_cache import CACHE
 from llava_sparse.modeling.pruning_registry import METHODS as KNOWN
 from llava_sparse.modeling.pruning_registry import is_built_in
 
@@ -319,7 +320,7 @@ def test_a_second_turn_goes_on_with_the_cache(dense, name):
     whole = typed({**first, "input_ids": more, "attention_mask": torch.ones_like(more)})
     expected = greedy(model, whole)
     text = {"input_ids": more, "attention_mask": torch.ones_like(more)}
-    again = greedy(model, text, past_key_values=cache)
+    again = greedy(model, text, **{CACHE: cache})
     assert torch.equal(again.sequences, expected.sequences)
     for one, other in zip(again.logits, expected.logits, strict=True):
         assert_near(one, other)
