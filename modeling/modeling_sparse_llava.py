@@ -170,9 +170,10 @@ class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, PrunedHeadMixin
             labels: `(batch, length)` over the tokens as passed, placeholders included. They do not choose the tokens
                 that predict them: without a `prompt_length`, each prompt ends at the first label behind its last image,
                 that is, with several turns, where the first answer about the image that is to be learnt begins.
-            logits_to_keep: counts tokens as passed, or indexes them; what is left with `as_passed=False`.
+            logits_to_keep: counts the rows of `logits`, or indexes them.
 
-        `logits` are as long as `input_ids`, however many tokens were dropped: see `as_passed`.
+        In training, and with labels, `logits` are as long as `input_ids`, however many tokens were dropped; else they
+        are of the tokens that are left: see `PrunedModelMixin.rows_asked`.
         """
         inputs = {
             "input_ids": input_ids,

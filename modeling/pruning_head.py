@@ -90,7 +90,7 @@ class PrunedHeadMixin:
         labels: Tensor | None,
         logits_to_keep: int | Tensor,
         prompt_length: int | Tensor | None = None,
-        as_passed: bool = True,
+        as_passed: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model, its logits and, with `labels` `(batch, length)` over the tokens as passed, the loss.
@@ -103,6 +103,7 @@ class PrunedHeadMixin:
             prompt_length = self._prompt_length(
                 labels, inputs["input_ids"], inputs["inputs_embeds"], inputs["visual_mask"]
             )
+        as_passed = self.model.rows_asked(as_passed, labels if prompt_length is None else prompt_length)
         outputs = self.model(**inputs, prompt_length=prompt_length, as_passed=False, **kwargs)
         hidden, columns = outputs.last_hidden_state, outputs.columns
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

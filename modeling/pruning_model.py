@@ -67,6 +67,7 @@ class PrunedModelMixin(VisualItemsMixin):
     sparsifier: Any = None
     language_model: Any
     training: bool
+    as_passed: bool | None = None
     visual_arguments: ClassVar[tuple[str, ...]] = ()
     has_stock: ClassVar[bool] = True
 
@@ -93,7 +94,7 @@ class PrunedModelMixin(VisualItemsMixin):
         output_selection: bool = False,
         prefill_chunk_size: int | None = None,
         prompt_length: int | Tensor | None = None,
-        as_passed: bool = True,
+        as_passed: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> SparseModelOutput:
@@ -108,8 +109,8 @@ class PrunedModelMixin(VisualItemsMixin):
             prompt_length: `(batch,)` int64, or one int: how many columns of each row, padding on the left included, are
                 its prompt, which ends behind the last image; None for all. What follows, an answer that is scored or
                 learnt, has no part in the choice of tokens: it does not rate, and is no question.
-            as_passed: whether `last_hidden_state` has a row for each token as passed; a dropped one has that of what is
-                left in front of it, which predicts the token behind. False: the rows left; `columns` says which.
+            as_passed: whether `last_hidden_state` has a row for each token as passed, or for those that are left, which
+                `columns` names. A dropped token has the row in front, which predicts what follows. See `rows_asked`.
             position_ids: of the tokens as passed; where placeholders are dropped, each is less by those before it.
             cache, past_key_values: two names of one argument.
 
@@ -135,11 +136,21 @@ class PrunedModelMixin(VisualItemsMixin):
         images = self.select(request, self.encode(request))
         inputs = self.place(request, images)
         outputs = self.record(request, images, inputs, self.decode(request, images, inputs, kwargs))
-        if as_passed and outputs.columns is not None:
+        if self.rows_asked(as_passed, prompt_length) and outputs.columns is not None:
             rows = rows_as_passed(outputs.columns, embeds.shape[1]).to(outputs.last_hidden_state.device)
             states = rows_at(outputs.last_hidden_state, rows)
             outputs = replace(outputs, last_hidden_state=states, columns=None)  # type: ignore[call-arg]
         return outputs
+
+    def rows_asked(self, as_passed: bool | None, prompt_length: Any) -> bool:
+        """Whether outputs have a row for each token as passed: as the call says, else as the model's attribute does.
+
+        None leaves it to the use: so it is in training, and where somebody says where prompts end, as labels do, for
+        losses and log-probabilities outside the model are of the caller's columns. Set `model.model.as_passed = True`
+        for other programs that expect the stock length, such as the evaluation of a loss of their own.
+        """
+        asked = self.as_passed if as_passed is None else as_passed
+        return (self.training or prompt_length is not None) if asked is None else asked
 
     def _forward_stock(
         self, given: Any, visual: dict[str, Any], encoded: Any, output_selection: bool, kwargs: dict[str, Any]
