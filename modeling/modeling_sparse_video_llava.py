@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from .pruning_items import ImageFeatures
 from .pruning_model import PrunedModelMixin
 from .pruning_ops import image_fingerprints
 from .pruning_types import VisualTokens
+
+# What the stock class calls pictures: transformers 5.24 has the usual name, 5.18 one of its own.
+PIXELS = "pixel_values" if "pixel_values" in signature(VideoLlavaModel.forward).parameters else "pixel_values_images"
 
 register_weight_names({"sparse_video_llava": "video_llava", "SparseVideoLlavaModel": "VideoLlavaModel"})
 
@@ -65,6 +69,11 @@ class SparseVideoLlavaModel(PrunedModelMixin, VideoLlavaModel):
     @property
     def dense_tokens_per_image(self) -> int:
         return self.patches_per_image + (self.config.vision_feature_select_strategy == "full")
+
+    def _forward_stock(self, given: Any, visual: dict[str, Any], *args: Any) -> Any:
+        return super()._forward_stock(
+            given, {PIXELS if k == "pixel_values" else k: x for k, x in visual.items()}, *args
+        )
 
     def sizes_of(self, tokens: int) -> dict[str, Any]:
         frames, odd = divmod(tokens, self.patches_per_image + 1)
