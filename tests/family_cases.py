@@ -38,6 +38,7 @@ from transformers import (
 from transformers.processing_utils import ProcessorMixin
 
 import llava_sparse
+from llava_sparse.modeling.modeling_sparse_video_llava import PIXELS
 
 # Rows of different lengths, with two pictures, one, and none.
 TEXTS = [
@@ -338,9 +339,11 @@ def video_processor(**settings: Any) -> Any:
 
 
 def video_inputs(processor: Any, texts: list[str], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Older releases call an image's pixels by another name."""
+    """What the processor calls an image's pixels is not always what the model of the same release does."""
     inputs = next_inputs(processor, texts, seed)
-    return {"pixel_values" if name == "pixel_values_images" else name: x for name, x in inputs.items()}
+    return {
+        PIXELS if name.startswith("pixel_values") and "video" not in name else name: x for name, x in inputs.items()
+    }
 
 
 VIDEO_LLAVA = Family(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, VideoLlavaConfig
 
 from llava_sparse.modeling.method_sparsevlm import SparseVLM, attention_rank
+from llava_sparse.modeling.modeling_sparse_video_llava import PIXELS
 
 PUBLISHED = {
     "sparse_method": "sparsevlm",
@@ -92,7 +93,7 @@ class VideoCase:
             padding, longer = torch.zeros(1, 3, dtype=ids.dtype), torch.tensor([[5, 6, 7]])
             ids = torch.cat([torch.cat([padding, longer]), ids], dim=1)
             mask = torch.cat([torch.tensor([[0, 0, 0], [1, 1, 1]]), mask], dim=1)
-        name = "pixel_values_videos" if self.kind == "video" else "pixel_values"
+        name = "pixel_values_videos" if self.kind == "video" else PIXELS
         pixels = torch.cat([self.pixels] * rows)
         return {"input_ids": ids, "attention_mask": mask, name: pixels}
 

@@ -12,6 +12,7 @@ import llava_sparse
 from llava_sparse.evaluation import ask
 from llava_sparse.modeling.configuration_sparse_llava import build_sparsifier
 from llava_sparse.modeling.configuration_sparse_video_llava import SparseVideoLlavaConfig
+from llava_sparse.modeling.modeling_sparse_video_llava import PIXELS
 from llava_sparse.modeling.pruning_registry import METHODS
 
 PATCHES, FRAME, FRAMES = 16, 17, 8
@@ -48,7 +49,7 @@ def batch(*texts, written=(PATCHES, VIDEO), frames=FRAMES, seed=0):
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     images, videos = (sum(text.split().count(kind) for text in texts) for kind in "IV")
     if images:
-        inputs["pixel_values"] = torch.stack([pixels(seed=seed + i) for i in range(images)])
+        inputs[PIXELS] = torch.stack([pixels(seed=seed + i) for i in range(images)])
     if videos:
         inputs["pixel_values_videos"] = torch.stack([pixels(frames, seed=seed + 50 + i) for i in range(videos)])
     return inputs
@@ -58,7 +59,7 @@ def alone(inputs, row, text, before):
     """The row of a batch by itself, with its pictures."""
     mask = inputs["attention_mask"][row].bool()
     out = {"input_ids": inputs["input_ids"][row][mask][None]}
-    for kind, name in (("I", "pixel_values"), ("V", "pixel_values_videos")):
+    for kind, name in (("I", PIXELS), ("V", "pixel_values_videos")):
         count, first = text.split().count(kind), sum(other.split().count(kind) for other in before)
         if count:
             out[name] = inputs[name][first : first + count]
@@ -98,9 +99,9 @@ def test_both_processors_beams_and_features_of_the_caller(dense, case):
     model, texts = pruned(dense, case), TEXTS[:2]
     inputs = batch(*texts)
     logits = model(**inputs).logits[:, -1]
-    names = {"image": "pixel_values", "video": "pixel_values_videos"}
+    names = {"image": PIXELS, "video": "pixel_values_videos"}
     encoded = {
-        "image": model.model.get_image_features(inputs["pixel_values"]),
+        "image": model.model.get_image_features(inputs[PIXELS]),
         "video": model.model.get_video_features(inputs["pixel_values_videos"]),
     }
     words = {name: x for name, x in inputs.items() if name not in names.values()}
@@ -208,7 +209,7 @@ def test_as_published(dense):
 @torch.no_grad()
 def test_placeholders_have_to_match(dense):
     model, inputs = llava_sparse.sparsify(dense, "divprune", 20), batch("a V b I c")
-    for name, what in (("pixel_values", "Image"), ("pixel_values_videos", "Video")):
+    for name, what in ((PIXELS, "Image"), ("pixel_values_videos", "Video")):
         with pytest.raises(ValueError, match=f"{what} features and {what.lower()} tokens do not match"):
             model(**{k: v for k, v in inputs.items() if k != name})
     mixed = dict(inputs)
@@ -218,7 +219,7 @@ def test_placeholders_have_to_match(dense):
         model(**{**mixed, "input_ids": ids})
     stock = dense.model.get_video_features(inputs["pixel_values_videos"])
     with pytest.raises(ValueError, match="features of frames"):
-        model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], mm_encoder_outputs={"video": stock})
+        model(input_ids=inputs["input_ids"], **{PIXELS: inputs[PIXELS]}, mm_encoder_outputs={"video": stock})
 
 
 @torch.no_grad()
@@ -274,7 +275,7 @@ def test_the_sparse_processor_writes_what_enters_the_decoder(dense, settings, fr
         "return_tensors": "pt",
     }
     short, long = ours(**given), dict(stock(**given))
-    long.setdefault("pixel_values", long.pop("pixel_values_images", None))
+    long.setdefault(PIXELS, long.pop("pixel_values_images", None))
     model = llava_sparse.sparsify(
         dense, **{name.removeprefix("sparse_"): value for name, value in settings.items() if name != "sparse_method"},
         method=settings["sparse_method"],
