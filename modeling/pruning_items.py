@@ -191,6 +191,27 @@ class VisualItemsMixin:
             return [own.encoder]
         return [own.of(frame=frame).encoder for frame in range(frames)]
 
+    def exported_counts(self, request: Request, seen: dict[str, ImageFeatures]) -> list[int]:
+        """Placeholders of each prompt in a graph that `torch.export` records, which cannot read them: as stock ones.
+
+        Raises:
+            ValueError: for methods whose shapes follow from what is read, and prompts of which none knows the pictures.
+        """
+        method, batch = request.method, len(request.embeds)
+        if method is not None and (method.decoder is not None or method.looks_at_question):
+            raise ValueError(
+                f"torch.export: what {method.name} makes of a prompt depends on where its question is, which a graph "
+                "of fixed shapes cannot read. Export an encoder method that looks at no question (visionzip, "
+                "divprune), or compile with torch.compile."
+            )
+        usual: Any = self.dense_tokens_per_image
+        items = [size for x in seen.values() for size in x.dense or [usual] * len(x.features)]
+        if len(set(items)) != 1 or len(items) % batch:
+            raise ValueError(
+                f"torch.export: {len(items)} pictures in {batch} prompts; as many in each, of one size, are allowed."
+            )
+        return [sum(items) // batch] * batch
+
     def prompt_budgets(self, request: Request) -> list[tuple[int, ...]] | None:
         """The decoder method's budgets for each prompt, where its items are of another size than the usual one."""
         usual = request.decoder

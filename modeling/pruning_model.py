@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import is_torchdynamo_exporting
 
 from .pruning_answer import decode_apart
 from .pruning_cache import CACHE, remember, remembered, the_cache
@@ -290,7 +291,8 @@ class PrunedModelMixin(VisualItemsMixin):
         marks = [
             self.placeholders(request.input_ids, embeds, name) if marked is None else marked for name in self.modalities
         ]
-        request.layout = layout = PromptLayout.of(torch.stack(marks).any(0), mask, request.prompt_length)
+        counts = self.exported_counts(request, seen) if is_torchdynamo_exporting() else None
+        request.layout = layout = PromptLayout.of(torch.stack(marks).any(0), mask, request.prompt_length, counts)
         asks = request.method is not None and request.method.looks_at_question
         if self.training and request.prompt_length is None and asks:
             logger.warning_once(

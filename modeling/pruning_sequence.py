@@ -39,12 +39,17 @@ class PromptLayout:
 
     @classmethod
     def of(
-        cls, visual: Tensor, attention_mask: Tensor | None, prompt_length: int | Tensor | None = None
+        cls,
+        visual: Tensor,
+        attention_mask: Tensor | None,
+        prompt_length: int | Tensor | None = None,
+        counts: list[int] | None = None,
     ) -> PromptLayout:
         """Reads the layout from masks `(batch, length)`; the one transfer to the host of a prefill.
 
         Args:
             prompt_length: columns of each prompt, `(batch,)` int64 or one number; None where whole rows are prompts.
+            counts: of visual tokens, where a graph is exported and nothing can be read; the text is not counted then.
 
         Raises:
             ValueError: for a prompt that ends in front of its last visual token, or is longer than the row.
@@ -59,6 +64,10 @@ class PromptLayout:
         after = text & (columns > last[:, None])
         text = torch.where(after.any(-1, keepdim=True), after, text)
         answer = valid & (columns >= ends[:, None])
+        if counts is not None:
+            none, whole = [0] * len(counts), [len(columns)] * len(counts)
+            valid_mask = None if attention_mask is None else valid
+            return cls(visual, valid_mask, counts, none, whole, text, last, answer, none)
         refused = (ends <= last) | (ends < 1) | (ends > len(columns))
         parts = (visual, text, valid, answer, refused[:, None])
         visual_counts, text_counts, lengths, answer_counts, wrong = torch.stack([x.sum(-1) for x in parts]).tolist()

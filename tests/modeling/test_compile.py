@@ -46,3 +46,30 @@ def test_one_graph_for_prompts_of_one_shape(dense, processor, method, settings):
         for batch, logits in zip(whole, expected[len(batches) :], strict=True):
             torch.testing.assert_close(model(**batch).logits, logits)
         assert len(graphs) == 3
+
+
+class Logits(torch.nn.Module):
+    """What is exported: a forward pass of given tensors."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, pixel_values):
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+        return self.model(**inputs, use_cache=False).logits
+
+
+@torch.no_grad()
+def test_export(case, dense, processor):
+    """Methods that look at no question export as stock; the exported graph takes other prompts, padded alike or not."""
+    model = llava_sparse.sparsify(dense, case.method, **case.settings)
+    batch, other = (tiny.inputs(processor, [SHORT, LONG], seed=seed) for seed in (0, 7))
+    wrapped = Logits(model)
+    if model.model.sparsifier.looks_at_question or model.model.sparsifier.decoder is not None:
+        with pytest.raises(ValueError, match=r"torch.export: what .* Export an encoder method"):
+            torch.export.export(wrapped, tuple(batch.values()), strict=False)
+        return
+    exported = torch.export.export(wrapped, tuple(batch.values()), strict=False).module()
+    for inputs in (batch, other):
+        torch.testing.assert_close(exported(*inputs.values()), wrapped(*inputs.values()), rtol=0, atol=1e-5)
