@@ -247,7 +247,8 @@ def test_out_of_memory_is_an_entry(monkeypatch, dense_fits):
     assert ("speedup" in found["results"][-1]) is False
 
 
-@pytest.mark.parametrize("full", [None, pytest.param("visionzip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [None, "visionzip"])
 def test_a_run_that_stops_fitting_leaves_the_others(monkeypatch, full):
     """The dense one, too: what was compared with it before stays."""
     from llava_sparse.benchmark.run import Subject
@@ -305,6 +306,7 @@ def test_profile(tmp_path):
         assert json.loads((tmp_path / "traces" / f"{name}.trace.json").read_text())["traceEvents"]
 
 
+@pytest.mark.slow
 def test_budgets_that_are_ratios(tmp_path):
     output = tmp_path / "bench.json"
     quick = {**QUICK, "methods": ["visionzip"], "budgets": [0.3125, 5], "rounds": 1, "warm_up": 0, "output": output}

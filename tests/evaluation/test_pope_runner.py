@@ -103,6 +103,7 @@ def test_every_question_is_scored_and_each_pair_asked_once(results):
             assert scores["accuracy"] == sum(a["parsed"] == a["label"] for a in rows) / 8
 
 
+@pytest.mark.slow
 def test_a_ratio_is_the_number_of_tokens_it_comes_to(reference, tmp_path):
     """As `budget`, in names, results file and log; again from its file, the same bytes."""
     methods, output = ["dense", "visionzip", "sparsevlm", "divprune+sparsevlm", "random"], tmp_path / "ratio.json"
@@ -188,6 +189,7 @@ def test_grouping_changes_no_prediction(reference, mode):
         assert one["visual_tokens"] == other["visual_tokens"] or other["visual_tokens"] is None
 
 
+@pytest.mark.slow
 def test_longer_answers_are_those_of_generate(reference):
     """Captions of several words, which end at different lengths, behind a shared prefix and not."""
     prompt = "USER: <image>\n{question} ASSISTANT:"

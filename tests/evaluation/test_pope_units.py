@@ -180,11 +180,11 @@ def test_tokens_of_yes_and_no(build, space, dense):
 
     def tokens(prompt):
         asker = Asker(dense, SimpleNamespace(**names), prompt, "logits")
-        return tokenizer.convert_ids_to_tokens(list(asker._answer_tokens()))
+        return [tokenizer.convert_ids_to_tokens(list(ids)) for ids in asker._answer_tokens()]
 
-    assert tokens("<image>\n{question} ASSISTANT:") == [f"{space}Yes", f"{space}No"]
+    assert tokens("<image>\n{question} ASSISTANT:") == [[f"{space}Yes"], [f"{space}No"]]
     if build is byte_level:
-        assert tokens("<image>{question}\nassistant\n") == ["Yes", "No"]
+        assert tokens("<image>{question}\nassistant\n") == [["Yes"], ["No"]]
     with pytest.raises(ValueError, match="ends without a space is allowed"):
         tokens("<image>\n{question} Answer: ")
 

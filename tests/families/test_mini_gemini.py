@@ -117,6 +117,7 @@ def test_tiles_stand_one_behind_the_other():
     torch.testing.assert_close(whole, shrunk)
 
 
+@pytest.mark.slow
 def test_a_hub_folder_loads_without_the_package(tmp_path):
     settings = {"sparse_method": "visionzip", "sparse_budget": 20}
     model = llava_sparse.sparsify(gemini_model(), "visionzip", 20)

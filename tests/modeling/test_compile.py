@@ -9,7 +9,7 @@ import torch
 import llava_sparse
 
 METHODS = [
-    pytest.param("sparsevlm", {"layers": [0, 2], "budgets": [6, 3]}, id="sparsevlm"),
+    pytest.param("sparsevlm", {"layers": [0, 2], "budgets": [6, 3]}, id="sparsevlm", marks=pytest.mark.slow),
     pytest.param("visionzip", {"budget": 5}, id="visionzip", marks=pytest.mark.slow),
     pytest.param("random", {"budget": 5}, id="random", marks=pytest.mark.slow),
     pytest.param("random_decoder", {"layers": [1, 3], "budgets": [6, 3]}, id="random_decoder", marks=pytest.mark.slow),
@@ -60,6 +60,7 @@ class Logits(torch.nn.Module):
         return self.model(**inputs, use_cache=False).logits
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_export(case, dense, processor):
     """Methods that look at no question export as stock; the exported graph takes other prompts, padded alike or not."""

@@ -226,6 +226,7 @@ def test_adapters_alone_change(tuning, processor):
     assert (adapted - dense).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", training.PARTS)
 def test_a_killed_run_ends_as_one_that_was_not(tuning, monkeypatch, part):
     if part == "lora":

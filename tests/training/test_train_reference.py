@@ -96,6 +96,7 @@ def test_every_row_gets_its_own_picture_back():
         assert shown.tolist() == list(range(12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoys", [False, True])
 def test_slots_are_answered_as_prompts_are(folder, decoys):
     """What training computes for a slot is what the model computes for that prompt alone."""
