@@ -22,6 +22,8 @@ from llava_sparse.evaluation import compare, evaluate_pope, load_model
 from .training import PROJECTOR, Tuning, tune
 
 METHODS = ("visionzip", "divprune", "sparsevlm")
+# Of each run the method and what the rate is multiplied by.
+RUNS = {name: (name, 1.0) for name in METHODS} | {"sparsevlm-0.1": ("sparsevlm", 0.1)}
 BUDGET = 16
 # Shape, prompts of a step, rounds; None is the model that is tuned.
 TIMED: tuple[tuple[str | None, int, int], ...] = ((None, 4, 5), ("small", 1, 3))
@@ -34,15 +36,19 @@ def measure(tuning: Tuning, page: Path | None, limit: int | None) -> None:
         tuning: as for one method, whose folder each method's results get a folder in.
         page: whose tables are renewed; printed by default. limit: questions per split.
     """
-    tuned = {m: tune(replace(tuning, method=m, budget=BUDGET, output=tuning.output / m)) for m in METHODS}
+    tuned = {
+        name: tune(
+            replace(tuning, method=method, budget=BUDGET, rate=factor * tuning.rate, output=tuning.output / name)
+        )
+        for name, (method, factor) in RUNS.items()
+    }
     ask = partial(evaluate_pope, budget=BUDGET, batch_size=24, limit=limit, answer_mode="logits", on_progress=_tell)
     before = ask(load_model(tuning.model), methods=["dense", *METHODS], output=tuning.output / "before.json")
     runs = {_name(entry): entry for entry in before["methods"]}
-    for method, folder in tuned.items():
-        after = ask(load_model(folder), methods=["dense", method], output=tuning.output / f"after_{method}.json")
-        for entry in after["methods"]:
-            name = f"{_name(entry)}, tuned" if _name(entry) == method else f"dense, tuned for {method}"
-            runs[name] = {**entry, "name": name}
+    for name, folder in tuned.items():
+        methods = ["dense", RUNS[name][0]]
+        after = ask(load_model(folder), methods=methods, output=tuning.output / f"after_{name}.json")
+        runs |= dict(zip((f"dense, tuned for {name}", f"{name}, tuned"), after["methods"], strict=True))
     pairs = {(pair["a"], pair["b"]): pair for pair in compare([{**run, "name": n} for n, run in runs.items()])}
     tables = {"accuracy": accuracies(runs, pairs), "answers": answers(runs), "steps": steps(tuning)}
     if page is not None:
@@ -64,15 +70,15 @@ def _name(entry: dict[str, Any]) -> str:
 def accuracies(runs: dict[str, Any], pairs: dict[tuple[str, str], Any]) -> str:
     """A row for each method: before, after, their difference, and the share of the loss against dense that is back."""
     rows = []
-    for method in METHODS:
-        names = (method, f"{method}, tuned", f"dense, tuned for {method}")
+    for run, (method, _) in RUNS.items():
+        names = (method, f"{run}, tuned", f"dense, tuned for {run}")
         old, new, dense = (runs[name] for name in names)
         pair = pairs[names[0], names[1]]
         flipped = {**pair, "average_difference": -pair["average_difference"],
                    "average_interval": sorted(-bound for bound in pair["average_interval"])}  # fmt: skip
         rows.append(
             [
-                method,
+                run,
                 *(bounded(entry["scores"]["average"], "accuracy") for entry in (old, new)),
                 difference(flipped, "average_"),
                 f"{pair['b_only_correct']} / {pair['a_only_correct']}",
@@ -91,8 +97,27 @@ def accuracies(runs: dict[str, Any], pairs: dict[tuple[str, str], Any]) -> str:
 def answers(runs: dict[str, Any]) -> str:
     """A row for each run: what kind of mistakes it makes, and how well its scores part yes from no at any threshold."""
     metrics = ("yes_ratio", "precision", "recall", "roc_auc")
-    rows = [[name, *(bounded(run["scores"]["average"], metric) for metric in metrics)] for name, run in runs.items()]
-    return markdown(["run", "says yes", "precision", "recall", "ROC-AUC"], rows)
+    rows = [
+        [
+            name,
+            *(bounded(run["scores"]["average"], metric) for metric in metrics),
+            f"{100 * at_best(run['answers']):.1f}",
+        ]
+        for name, run in runs.items()
+    ]
+    return markdown(["run", "says yes", "precision", "recall", "ROC-AUC", "accuracy at the best threshold"], rows)
+
+
+def at_best(answers: list[dict[str, Any]]) -> float:
+    """Mean of the splits' accuracies with the threshold of the score that is best for these very answers."""
+    splits = [row["split"] for row in answers]
+    weights = np.array([1 / (len(set(splits)) * splits.count(split)) for split in splits])
+    scores, yes = np.array([row["score"] for row in answers]), np.array([row["label"] == "yes" for row in answers])
+    order = np.argsort(-scores, kind="stable")
+    # Of the answers down to each one taken as yes: what is right more than if none were.
+    gained = np.cumsum(np.where(yes, weights, -weights)[order])
+    last = np.append(np.diff(scores[order]) != 0, True)
+    return float(weights[~yes].sum() + max(0.0, gained[last].max()))
 
 
 def share_back(dense: Any, before: Any, after: Any) -> str:

@@ -363,9 +363,28 @@ def test_share_of_the_loss_that_is_back():
     assert measure.share_back(dense, before, before).startswith("0 %")
 
 
+def test_accuracy_at_the_best_threshold():
+    """Against every threshold by hand; equal scores stay together, and splits count alike."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"split": split, "label": str(rng.choice(["yes", "no"])), "score": float(rng.integers(-4, 5))}
+        for split, count in (("random", 30), ("popular", 10))
+        for _ in range(count)
+    ]
+
+    def accuracy(threshold):
+        right = {"random": [], "popular": []}
+        for row in rows:
+            right[row["split"]].append((row["score"] > threshold) == (row["label"] == "yes"))
+        return np.mean([np.mean(part) for part in right.values()])
+
+    assert measure.at_best(rows) == pytest.approx(max(accuracy(threshold) for threshold in range(-5, 6)))
+
+
 @pytest.mark.slow
 def test_every_table_of_the_page(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "METHODS", ("visionzip", "sparsevlm"))
+    monkeypatch.setattr(measure, "RUNS", {"visionzip": ("visionzip", 1.0), "slow": ("sparsevlm", 0.1)})
     monkeypatch.setattr(measure, "TIMED", ((None, 1, 1),))
     page = tmp_path / "finetuning.md"
     page.write_text((ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8"), encoding="utf-8")
