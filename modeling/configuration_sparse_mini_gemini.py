@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig
 
 from .configuration_sparse_llava import SparseFieldsMixin
 
@@ -70,13 +70,15 @@ class SparseMiniGeminiConfig(SparseFieldsMixin, LlavaConfig):
 
 def published_fields(config: dict[str, Any]) -> dict[str, Any]:
     """A published `config.json`, of MGM-7B or MGM-7B-HD, as the fields of `SparseMiniGeminiConfig`."""
-    text = {name: config[name] for name in LlamaConfig().to_dict() if name in config and name != "model_type"}
+    # LLaMA's own module takes a second to import, and only this needs it.
+    text = AutoConfig.for_model("llama")
+    known = {name: config[name] for name in text.to_dict() if name in config and name != "model_type"}
     own = ("image_size_aux", "image_grid", "image_global", "dtype", "torch_dtype")
     fields = {name: config[name] for name in own if name in config}
     fields |= {name: value for name, value in config.items() if name.startswith("sparse_")}
     return fields | {
         "model_type": SparseMiniGeminiConfig.model_type,
-        "text_config": LlamaConfig(**text),
+        "text_config": type(text)(**known),
         "vision_config": CLIPVisionConfig(**CLIP_LARGE),
         "vision_feature_layer": config.get("mm_vision_select_layer", -2),
         "image_token_index": config["vocab_size"],
