@@ -282,7 +282,7 @@ import sys
 import llava_sparse
 heavy = {"transformers.modeling_utils", "transformers.processing_utils", "datasets", "evaluate"}
 heavy |= {"llava_sparse.modeling.modeling_sparse_llava", "transformers.models.llava.modeling_llava"}
-heavy |= {"transformers.models.llama.configuration_llama", "torch.distributed.tensor"}
+heavy |= {"transformers.models.llama.configuration_llama"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 from transformers.models.auto.processing_auto import processor_class_from_name
 assert processor_class_from_name("SparseLlavaProcessor") is llava_sparse.SparseLlavaProcessor
