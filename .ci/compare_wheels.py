@@ -10,6 +10,7 @@ FOLDERS = {
     "llava_sparse/": "llava_sparse/",
     "modeling/": "llava_sparse/modeling/",
     "processing/": "llava_sparse/processing/",
+    "llava_sparse_cli.py": "llava_sparse_cli.py",
 }
 
 
