@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import build_sparsifier
 from .configuration_sparse_llava_next import SparseLlavaNextConfig
@@ -75,39 +73,6 @@ class SparseLlavaNextModel(TilesMixin, LlavaNextModel):
             index = torch.arange(count, device=tiles.device) - (count - self.side**2)
             packed.append(tiles.flatten(0, 1)[raster_order(index.expand(len(tiles), -1), grid, self.side)])
         return packed, torch.tensor([len(x) for x in packed], device=packed[0].device)
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        image_sizes: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        question_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Encodes and projects images; arguments as the stock class's, and
-
-        Args:
-            question_ids: `(prompts, n)` int64, the question in CLIP's vocabulary, -1 for padding, for a method that
-                reads it with a CLIP text tower.
-
-        Returns:
-            `ImageFeatures`, which `forward` and `generate` take as `mm_encoder_outputs={"image": ...}`; of a dense
-            model the stock output.
-
-        Raises:
-            ValueError: for a feature layer or strategy that contradicts an encoder method, which takes its own.
-        """
-        stock: dict[str, Any] = {
-            "image_sizes": image_sizes,
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-        }
-        method = self.sparsifier
-        if method is None:
-            return super().get_image_features(pixel_values=pixel_values, return_dict=True, **stock, **kwargs)
-        return self.encode_images(method, pixel_values, question_ids=question_ids, **stock, **kwargs)
 
 
 class SparseLlavaNextForConditionalGeneration(

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlavaNextVideoForConditionalGeneration, LlavaNextVideoModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next_video.modeling_llava_next_video import (
     LlavaNextVideoMultiModalProjector,
     LlavaNextVideoPooler,
 )
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import build_sparsifier
 from .configuration_sparse_llava_next_video import SparseLlavaNextVideoConfig
@@ -66,55 +64,6 @@ class SparseLlavaNextVideoModel(TilesMixin, LlavaNextVideoModel):
     def video_features(self, pixel_values: Tensor, given: dict[str, Any]) -> list[Tensor]:
         frames = self.projected_features(pixel_values.flatten(0, 1), pool=self.vision_resampler, **given)
         return list(frames.reshape(len(pixel_values), -1, frames.shape[-1]))
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        image_sizes: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        question_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Encodes and projects images; arguments as the stock class's, and
-
-        Args:
-            question_ids: `(prompts, n)` int64, the question in CLIP's vocabulary, -1 for padding, for a method that
-                reads it with a CLIP text tower.
-
-        Returns:
-            `ImageFeatures`, which `forward` and `generate` take as `mm_encoder_outputs={"image": ...}`; of a dense
-            model the stock output.
-        """
-        given: dict[str, Any] = {
-            "image_sizes": image_sizes,
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-        }
-        method = self.sparsifier
-        if method is None:
-            return super().get_image_features(pixel_values=pixel_values, return_dict=True, **given, **kwargs)
-        return self.encode_images(method, pixel_values, question_ids=question_ids, **given, **kwargs)
-
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        question_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """As `get_image_features`, of `(videos, frames, 3, height, width)`, for `mm_encoder_outputs={"video": ...}`."""
-        given: dict[str, Any] = {
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-        }
-        method = self.sparsifier
-        if method is None:
-            return super().get_video_features(pixel_values_videos, return_dict=True, **given, **kwargs)
-        return self.encode_videos(method, pixel_values_videos, question_ids=question_ids, **given, **kwargs)
 
 
 class SparseLlavaNextVideoForConditionalGeneration(

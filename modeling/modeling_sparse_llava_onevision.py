@@ -104,25 +104,6 @@ class SparseLlavaOnevisionModel(TilesMixin, LlavaOnevisionModel):
             return super().get_image_features(pixel_values=pixel_values, return_dict=True, **given, **kwargs)
         return self.encode_images(method, pixel_values, question_ids=question_ids, **given, **kwargs)
 
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        question_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """As `get_image_features`, of `(videos, frames, 3, height, width)`, for `mm_encoder_outputs={"video": ...}`."""
-        given: dict[str, Any] = {
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-        }
-        method = self.sparsifier
-        if method is None:
-            return super().get_video_features(pixel_values_videos, return_dict=True, **given, **kwargs)
-        return self.encode_videos(method, pixel_values_videos, question_ids=question_ids, **given, **kwargs)
-
     def video_features(self, pixel_values: Tensor, given: dict[str, Any]) -> list[Tensor]:
         frames = self.apply_pooling(self.projected_features(pixel_values.flatten(0, 1), **given))
         newline = self.image_newline[None].to(frames.device, frames.dtype)
