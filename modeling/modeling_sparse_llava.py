@@ -5,21 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
-from transformers import Cache, LlavaForConditionalGeneration, LlavaModel
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import SparseLlavaConfig, build_sparsifier
 from .modeling_sparse_clip import ProjectedFeaturesMixin, SparseCLIPVisionModel, register_weight_names, vision_tower
 from .modeling_sparse_text import sparse_decoder
-from .pruning_cache import the_cache
-from .pruning_generation import PrunedGenerationMixin
-from .pruning_head import PrunedHeadMixin, SparseCausalLMOutput
+from .pruning_head import PrunedHeadMixin
 from .pruning_items import ImageFeatures
 from .pruning_model import PrunedModelMixin
 from .pruning_ops import image_fingerprints
+from .pruning_stock import features_getter
 
 register_weight_names({"sparse_llava": "llava", "SparseLlavaModel": "LlavaModel"})
 
@@ -59,38 +57,7 @@ class SparseLlavaModel(PrunedModelMixin, ProjectedFeaturesMixin, LlavaModel):
         # "default" leaves the first token out, whatever it is.
         return self.patches_per_image + has_cls - (self.config.vision_feature_select_strategy == "default")
 
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: Tensor | None = None,
-        question_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Encodes and projects images; arguments as the stock class's, and
-
-        Args:
-            question_ids: `(prompts, n)` int64, the question in CLIP's vocabulary, -1 for padding, for a method that
-                reads it with a CLIP text tower.
-
-        Returns:
-            `ImageFeatures`, which `forward` and `generate` take as `mm_encoder_outputs={"image": ...}`; of a dense
-            model the stock output.
-
-        Raises:
-            ValueError: for a feature layer or strategy that contradicts an encoder method, which takes its own.
-        """
-        stock: dict[str, Any] = {
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-            "image_sizes": image_sizes,
-        }
-        method = self.sparsifier
-        if method is None:
-            return super().get_image_features(pixel_values=pixel_values, return_dict=True, **stock, **kwargs)
-        return self.encode_images(method, pixel_values, question_ids=question_ids, **stock, **kwargs)
+    get_image_features = features_getter(LlavaModel.get_image_features)
 
     def encode_images(
         self, method: Any, pixel_values: Tensor, question_ids: Tensor | None = None, **kwargs: Any
@@ -127,66 +94,9 @@ class SparseLlavaModel(PrunedModelMixin, ProjectedFeaturesMixin, LlavaModel):
         return list(self.projected_features(pixel_values, **kwargs))
 
 
-class SparseLlavaForConditionalGeneration(PrunedGenerationMixin, PrunedHeadMixin, LlavaForConditionalGeneration):
-    """LLaVA, pruned: the class that users load.
-
-    Modifications: the model is `SparseLlavaModel`; labels follow the tokens that are left; generation keeps counting in
-    the tokens that the caller passed.
-    """
+class SparseLlavaForConditionalGeneration(PrunedHeadMixin, LlavaForConditionalGeneration):
+    """LLaVA, pruned: the class that users load; see `PrunedHeadMixin`."""
 
     config_class = SparseLlavaConfig
     config: SparseLlavaConfig
-
-    def __init__(self, config: SparseLlavaConfig) -> None:
-        # Skips LlavaForConditionalGeneration.__init__, which would build the stock model first.
-        super(LlavaForConditionalGeneration, self).__init__(config)
-        self.model = SparseLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        image_sizes: Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        visual_mask: Tensor | None = None,
-        output_selection: bool = False,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> SparseCausalLMOutput:
-        """Arguments as the stock class's, those of `PrunedModelMixin.forward`, and
-
-        Args:
-            labels: `(batch, length)` over the tokens as passed, placeholders included. They do not choose the tokens
-                that predict them: without a `prompt_length`, each prompt ends at the first label behind its last image,
-                that is, with several turns, where the first answer about the image that is to be learnt begins.
-            logits_to_keep: counts the rows of `logits`, or indexes them.
-
-        In training, and with labels, `logits` are as long as `input_ids`, however many tokens were dropped; else they
-        are of the tokens that are left: see `PrunedModelMixin.rows_asked`.
-        """
-        inputs = {
-            "input_ids": input_ids,
-            "pixel_values": pixel_values,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "mm_encoder_outputs": mm_encoder_outputs,
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-            "image_sizes": image_sizes,
-            "visual_mask": visual_mask,
-            "output_selection": output_selection,
-            "cache": the_cache(past_key_values, cache),
-        }
-        return self.pruned_forward(inputs, labels, logits_to_keep, **kwargs)
+    model_class = SparseLlavaModel

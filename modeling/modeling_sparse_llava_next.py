@@ -13,10 +13,9 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 from .configuration_sparse_llava import build_sparsifier
 from .configuration_sparse_llava_next import SparseLlavaNextConfig
 from .modeling_sparse_clip import register_weight_names, vision_tower
-from .modeling_sparse_llava import SparseLlavaForConditionalGeneration
 from .modeling_sparse_text import sparse_decoder
-from .pruning_generation import PrunedGenerationMixin
 from .pruning_head import PrunedHeadMixin
+from .pruning_stock import features_getter
 from .pruning_tiles import TilesMixin, raster_order
 
 register_weight_names({"sparse_llava_next": "llava_next", "SparseLlavaNextModel": "LlavaNextModel"})
@@ -32,6 +31,8 @@ class SparseLlavaNextModel(TilesMixin, LlavaNextModel):
     config_class = SparseLlavaNextConfig
     config: SparseLlavaNextConfig
     visual_arguments = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy", "question_ids")
+
+    get_image_features = features_getter(LlavaNextModel.get_image_features)
 
     def __init__(self, config: SparseLlavaNextConfig) -> None:
         # Skips LlavaNextModel.__init__, which would build the stock parts first.
@@ -75,21 +76,9 @@ class SparseLlavaNextModel(TilesMixin, LlavaNextModel):
         return packed, torch.tensor([len(x) for x in packed], device=packed[0].device)
 
 
-class SparseLlavaNextForConditionalGeneration(
-    PrunedGenerationMixin, PrunedHeadMixin, LlavaNextForConditionalGeneration
-):
-    """LLaVA-NeXT, pruned: the class that users load.
-
-    Modifications: as of `SparseLlavaForConditionalGeneration`, around a `SparseLlavaNextModel`.
-    """
+class SparseLlavaNextForConditionalGeneration(PrunedHeadMixin, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT, pruned: the class that users load; see `PrunedHeadMixin`."""
 
     config_class = SparseLlavaNextConfig
     config: SparseLlavaNextConfig
-    forward = SparseLlavaForConditionalGeneration.forward
-
-    def __init__(self, config: SparseLlavaNextConfig) -> None:
-        # Skips LlavaNextForConditionalGeneration.__init__, which would build the stock model first.
-        super(LlavaNextForConditionalGeneration, self).__init__(config)
-        self.model = SparseLlavaNextModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    model_class = SparseLlavaNextModel

@@ -16,10 +16,9 @@ from transformers.models.llava_next_video.modeling_llava_next_video import (
 from .configuration_sparse_llava import build_sparsifier
 from .configuration_sparse_llava_next_video import SparseLlavaNextVideoConfig
 from .modeling_sparse_clip import register_weight_names, vision_tower
-from .modeling_sparse_llava import SparseLlavaForConditionalGeneration
 from .modeling_sparse_text import sparse_decoder
-from .pruning_generation import PrunedGenerationMixin
 from .pruning_head import PrunedHeadMixin
+from .pruning_stock import features_getter
 from .pruning_tiles import TilesMixin
 
 register_weight_names(
@@ -44,6 +43,9 @@ class SparseLlavaNextVideoModel(TilesMixin, LlavaNextVideoModel):
         "video": ("pixel_values_videos", "video_token_id"),
     }
 
+    get_image_features = features_getter(LlavaNextVideoModel.get_image_features)
+    get_video_features = features_getter(LlavaNextVideoModel.get_video_features, "video")
+
     def __init__(self, config: SparseLlavaNextVideoConfig) -> None:
         # Skips LlavaNextVideoModel.__init__, which would build the stock parts first.
         super(LlavaNextVideoModel, self).__init__(config)
@@ -66,22 +68,9 @@ class SparseLlavaNextVideoModel(TilesMixin, LlavaNextVideoModel):
         return list(frames.reshape(len(pixel_values), -1, frames.shape[-1]))
 
 
-class SparseLlavaNextVideoForConditionalGeneration(
-    PrunedGenerationMixin, PrunedHeadMixin, LlavaNextVideoForConditionalGeneration
-):
-    """LLaVA-NeXT-Video, pruned: the class that users load.
-
-    Modifications: as of `SparseLlavaForConditionalGeneration`, around a `SparseLlavaNextVideoModel`, whose further
-    arguments, `pixel_values_videos`, it takes too.
-    """
+class SparseLlavaNextVideoForConditionalGeneration(PrunedHeadMixin, LlavaNextVideoForConditionalGeneration):
+    """LLaVA-NeXT-Video, pruned: the class that users load; see `PrunedHeadMixin`."""
 
     config_class = SparseLlavaNextVideoConfig
     config: SparseLlavaNextVideoConfig
-    forward = SparseLlavaForConditionalGeneration.forward
-
-    def __init__(self, config: SparseLlavaNextVideoConfig) -> None:
-        # Skips LlavaNextVideoForConditionalGeneration.__init__, which would build the stock model first.
-        super(LlavaNextVideoForConditionalGeneration, self).__init__(config)
-        self.model = SparseLlavaNextVideoModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    model_class = SparseLlavaNextVideoModel

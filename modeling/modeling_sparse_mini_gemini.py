@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import ConvNextConfig, LlavaForConditionalGeneration
+from transformers import ConvNextConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.convnext.modeling_convnext import ConvNextModel
@@ -255,13 +255,7 @@ class SparseMiniGeminiForConditionalGeneration(SparseLlavaForConditionalGenerati
 
     config_class = SparseMiniGeminiConfig
     config: SparseMiniGeminiConfig
-
-    def __init__(self, config: SparseMiniGeminiConfig) -> None:
-        # Skips SparseLlavaForConditionalGeneration.__init__, which would build a LLaVA first.
-        super(LlavaForConditionalGeneration, self).__init__(config)
-        self.model = SparseMiniGeminiModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    model_class = SparseMiniGeminiModel
 
     def get_image_features(
         self,

@@ -13,6 +13,7 @@ from .configuration_sparse_qwen2_5_vl import SparseQwen2_5_VLConfig
 from .modeling_sparse_clip import register_weight_names
 from .modeling_sparse_text import PrunedDecoderMixin
 from .pruning_mrope import MRopeHeadMixin, MRopeModelMixin, ReceivingTowerMixin
+from .pruning_stock import features_getter
 
 PARTS = ("Model", "ForConditionalGeneration")
 register_weight_names({f"SparseQwen2_5_VL{part}": f"Qwen2_5_VL{part}" for part in PARTS})
@@ -44,6 +45,9 @@ class SparseQwen2_5_VLModel(MRopeModelMixin, Qwen2_5_VLModel):
     config_class = SparseQwen2_5_VLConfig
     config: SparseQwen2_5_VLConfig
 
+    get_image_features = features_getter(Qwen2_5_VLModel.get_image_features)
+    get_video_features = features_getter(Qwen2_5_VLModel.get_video_features, "video")
+
     def __init__(self, config: Any) -> None:
         # Skips Qwen2_5_VLModel.__init__, which would build the stock parts first.
         super(Qwen2_5_VLModel, self).__init__(config)
@@ -55,8 +59,4 @@ class SparseQwen2_5_VLForConditionalGeneration(MRopeHeadMixin, Qwen2_5_VLForCond
 
     config_class = SparseQwen2_5_VLConfig
     config: SparseQwen2_5_VLConfig
-
-    def __init__(self, config: Any) -> None:
-        # Skips Qwen2_5_VLForConditionalGeneration.__init__, which would build the stock model first.
-        super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
-        self.build(config, SparseQwen2_5_VLModel)
+    model_class = SparseQwen2_5_VLModel

@@ -11,6 +11,7 @@ from .configuration_sparse_qwen2_vl import SparseQwen2VLConfig
 from .modeling_sparse_clip import register_weight_names
 from .modeling_sparse_text import PrunedDecoderMixin
 from .pruning_mrope import MRopeHeadMixin, MRopeModelMixin, ReceivingTowerMixin
+from .pruning_stock import features_getter
 
 PARTS = ("Model", "ForConditionalGeneration")
 register_weight_names({f"SparseQwen2VL{part}": f"Qwen2VL{part}" for part in PARTS})
@@ -32,6 +33,9 @@ class SparseQwen2VLModel(MRopeModelMixin, Qwen2VLModel):
     config_class = SparseQwen2VLConfig
     config: SparseQwen2VLConfig
 
+    get_image_features = features_getter(Qwen2VLModel.get_image_features)
+    get_video_features = features_getter(Qwen2VLModel.get_video_features, "video")
+
     def __init__(self, config: Any) -> None:
         # Skips Qwen2VLModel.__init__, which would build the stock parts first.
         super(Qwen2VLModel, self).__init__(config)
@@ -43,8 +47,4 @@ class SparseQwen2VLForConditionalGeneration(MRopeHeadMixin, Qwen2VLForConditiona
 
     config_class = SparseQwen2VLConfig
     config: SparseQwen2VLConfig
-
-    def __init__(self, config: Any) -> None:
-        # Skips Qwen2VLForConditionalGeneration.__init__, which would build the stock model first.
-        super(Qwen2VLForConditionalGeneration, self).__init__(config)
-        self.build(config, SparseQwen2VLModel)
+    model_class = SparseQwen2VLModel

@@ -14,6 +14,7 @@ from .modeling_sparse_text import PrunedDecoderMixin
 from .pruning_inputs import DecoderInputs
 from .pruning_items import ImageFeatures, Request
 from .pruning_mrope import MRopeHeadMixin, MRopeModelMixin, ReceivingTowerMixin
+from .pruning_stock import features_getter
 
 
 class SparseQwen3VLVisionModel(ReceivingTowerMixin, Qwen3VLVisionModel):
@@ -52,6 +53,9 @@ class SparseQwen3VLModel(MRopeModelMixin, Qwen3VLModel):
 
     config_class = SparseQwen3VLConfig
     config: SparseQwen3VLConfig
+
+    get_image_features = features_getter(Qwen3VLModel.get_image_features)
+    get_video_features = features_getter(Qwen3VLModel.get_video_features, "video")
 
     def __init__(self, config: Any) -> None:
         # Skips Qwen3VLModel.__init__, which would build the stock parts first.
@@ -92,8 +96,4 @@ class SparseQwen3VLForConditionalGeneration(MRopeHeadMixin, Qwen3VLForConditiona
 
     config_class = SparseQwen3VLConfig
     config: SparseQwen3VLConfig
-
-    def __init__(self, config: Any) -> None:
-        # Skips Qwen3VLForConditionalGeneration.__init__, which would build the stock model first.
-        super(Qwen3VLForConditionalGeneration, self).__init__(config)
-        self.build(config, SparseQwen3VLModel)
+    model_class = SparseQwen3VLModel

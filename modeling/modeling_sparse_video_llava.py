@@ -8,22 +8,20 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, VideoLlavaForConditionalGeneration, VideoLlavaModel
+from torch import Tensor
+from transformers import VideoLlavaForConditionalGeneration, VideoLlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.video_llava.modeling_video_llava import VideoLlavaMultiModalProjector
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import build_sparsifier
 from .configuration_sparse_video_llava import SparseVideoLlavaConfig
 from .modeling_sparse_clip import SparseCLIPVisionModel, register_weight_names
 from .modeling_sparse_text import sparse_decoder
-from .pruning_cache import the_cache
-from .pruning_generation import PrunedGenerationMixin
-from .pruning_head import PrunedHeadMixin, SparseCausalLMOutput
+from .pruning_head import PrunedHeadMixin
 from .pruning_items import ImageFeatures
 from .pruning_model import PrunedModelMixin
 from .pruning_ops import image_fingerprints
+from .pruning_stock import features_getter
 from .pruning_types import VisualTokens
 
 # What the stock class calls pictures: transformers 5.24 has the usual name, 5.18 one of its own.
@@ -87,50 +85,16 @@ class SparseVideoLlavaModel(PrunedModelMixin, VideoLlavaModel):
     def grid_of(self, patches: int) -> tuple[int, int]:
         return super().grid_of(patches) if patches == self.patches_per_image else (1, patches)
 
-    @can_return_tuple
+    get_video_features = features_getter(VideoLlavaModel.get_video_features, "video")
+    _get_image_features = features_getter(VideoLlavaModel.get_image_features)
+
     def get_image_features(
-        self,
-        pixel_values: Tensor | None = None,
-        pixel_values_images: Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        question_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, pixel_values: Tensor | None = None, pixel_values_images: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Encodes and projects images; arguments as the stock class's, and
-
-        Args:
-            question_ids: `(prompts, n)` int64, the question in CLIP's vocabulary, -1 for padding, for a method that
-                reads it with a CLIP text tower.
-
-        Returns:
-            `ImageFeatures`, which `forward` and `generate` take as `mm_encoder_outputs={"image": ...}`; of a dense
-            model the stock output.
-        """
-        pixels: Any = pixel_values if pixel_values_images is None else pixel_values_images
-        given: dict[str, Any] = {
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-        }
-        method = self.sparsifier
-        if method is None:
-            return super().get_image_features(pixels, return_dict=True, **given, **kwargs)
-        return self.encode_images(method, pixels, question_ids=question_ids, **given, **kwargs)
-
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        question_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """As `get_image_features`, of `(videos, frames, 3, height, width)`, for `mm_encoder_outputs={"video": ...}`."""
-        given: dict[str, Any] = {"vision_feature_layer": vision_feature_layer, **kwargs}
-        method = self.sparsifier
-        if method is None:
-            return super().get_video_features(pixel_values_videos, return_dict=True, **given)
-        return self.encode_videos(method, pixel_values_videos, question_ids=question_ids, **given)
+        """See `features_getter`; what pixels are called has changed between releases."""
+        pixels = pixel_values if pixel_values_images is None else pixel_values_images
+        features: BaseModelOutputWithPooling = self._get_image_features(pixels, **kwargs)
+        return features
 
     def encode_images(self, method: Any, pixel_values: Tensor, **kwargs: Any) -> ImageFeatures:
         strategy = kwargs.pop("vision_feature_select_strategy", None) or self.config.vision_feature_select_strategy
@@ -220,69 +184,15 @@ class SparseVideoLlavaModel(PrunedModelMixin, VideoLlavaModel):
         return BaseModelOutputWithPooling(pooler_output=torch.stack(given.features))
 
 
-class SparseVideoLlavaForConditionalGeneration(
-    PrunedGenerationMixin, PrunedHeadMixin, VideoLlavaForConditionalGeneration
-):
-    """Video-LLaVA, pruned: the class that users load.
-
-    Modifications: the model is `SparseVideoLlavaModel`; labels follow the tokens that are left; generation keeps
-    counting in the tokens that the caller passed.
-    """
+class SparseVideoLlavaForConditionalGeneration(PrunedHeadMixin, VideoLlavaForConditionalGeneration):
+    """Video-LLaVA, pruned: the class that users load; see `PrunedHeadMixin`."""
 
     config_class = SparseVideoLlavaConfig
     config: SparseVideoLlavaConfig
-
-    def __init__(self, config: SparseVideoLlavaConfig) -> None:
-        # Skips VideoLlavaForConditionalGeneration.__init__, which would build the stock model first.
-        super(VideoLlavaForConditionalGeneration, self).__init__(config)
-        self.model = SparseVideoLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    model_class = SparseVideoLlavaModel
+    other_names = {"pixel_values_images": "pixel_values"}  # noqa: RUF012
 
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `SparseVideoLlavaModel.get_video_features`."""
         features: BaseModelOutputWithPooling = self.model.get_video_features(pixel_values_videos, **kwargs)
         return features
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_values_images: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        visual_mask: Tensor | None = None,
-        output_selection: bool = False,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> SparseCausalLMOutput:
-        """Arguments as the stock class's, those of `PrunedModelMixin.forward`, and
-
-        Args:
-            labels: `(batch, length)` over the tokens as passed, placeholders included.
-            logits_to_keep: counts from the end of what is left; a tensor indexes what is left.
-        """
-        inputs = {
-            "input_ids": input_ids,
-            "pixel_values": pixel_values if pixel_values_images is None else pixel_values_images,
-            "pixel_values_videos": pixel_values_videos,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "mm_encoder_outputs": mm_encoder_outputs,
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-            "visual_mask": visual_mask,
-            "output_selection": output_selection,
-            "cache": the_cache(past_key_values, cache),
-        }
-        return self.pruned_forward(inputs, labels, logits_to_keep, **kwargs)

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from inspect import signature
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import build_method
-from .pruning_cache import CACHE
+from .pruning_cache import CACHE, the_cache
+from .pruning_generation import PrunedGenerationMixin
 from .pruning_inputs import IGNORED_LABEL, prompt_lengths, rows_as_passed
 from .pruning_model import IMAGES
 from .pruning_ops import rows_at
 from .pruning_sequence import PADDING
 from .pruning_settings import Sparsity, as_lists
+from .pruning_stock import CACHES, under_signature
 from .pruning_types import Selection
 
 logger = logging.get_logger(__name__)
+
+# Arguments that no stock class has; see `PrunedModelMixin.forward`.
+OWN = ("visual_mask", "output_selection", "prompt_length", "as_passed")
 
 
 @dataclass
@@ -31,13 +39,45 @@ class SparseCausalLMOutput(LlavaCausalLMOutputWithPast):
     selection: tuple[Selection, ...] | None = None
 
 
-class PrunedHeadMixin:
-    """Modifications of a stock model with its head: labels follow the tokens that are left, methods can be switched."""
+class PrunedHeadMixin(PrunedGenerationMixin):
+    """Modifications of the stock class behind it, a model with its head: what is left of its prompt is pruned.
+
+    Labels follow the tokens that are left, generation keeps counting in the tokens that the caller passed, and methods
+    can be switched.
+
+    Attributes:
+        model_class: what a family's class has in place of the stock model without head.
+        other_names: of arguments that the model knows by another name.
+        arguments: the names of all that `forward` knows; others are the loss function's too.
+    """
 
     config: Any
-    model: Any
     lm_head: nn.Module
     loss_function: Any
+    model_class: ClassVar[type]
+    other_names: ClassVar[dict[str, str]] = {}
+    arguments: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "model_class" in cls.__dict__ and "forward" not in cls.__dict__:
+            model: Any = cls.model_class
+            pixels = (source for source, _ in model.modalities.values())
+            own = (*pixels, *model.visual_arguments, "mm_encoder_outputs", *OWN, *CACHES)
+            cls.forward = under_signature(PrunedHeadMixin.forward, cls.stock_class().forward, own)  # type: ignore[method-assign]
+            cls.arguments = frozenset(signature(cls.forward).parameters)
+
+    @classmethod
+    def stock_class(cls) -> Any:
+        """The class behind this mixin."""
+        return cls.__mro__[cls.__mro__.index(PrunedHeadMixin) + 2]
+
+    def __init__(self, config: Any) -> None:
+        # Skips the stock class's, which would build the stock model first.
+        super(self.stock_class(), self).__init__(config)  # type: ignore[call-arg]
+        self.model: Any = self.model_class(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[attr-defined]
 
     def set_sparsity(
         self,
@@ -84,27 +124,39 @@ class PrunedHeadMixin:
             visual_mask = torch.stack(marks).any(0)
         return prompt_lengths(labels, visual_mask)
 
-    def pruned_forward(
+    @can_return_tuple
+    def forward(
         self,
-        inputs: dict[str, Any],
-        labels: Tensor | None,
-        logits_to_keep: int | Tensor,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         prompt_length: int | Tensor | None = None,
         as_passed: bool | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The model, its logits and, with `labels` `(batch, length)` over the tokens as passed, the loss.
+        """The model, its logits and, with labels, the loss.
 
-        The loss is over all labels, whatever `logits_to_keep` is. Logits `as_passed` take as much memory as the dense
-        model's where `logits_to_keep` is 0; besides them, the loss needs those of the tokens that are left alone.
+        Arguments as those of the stock class and of `PrunedModelMixin.forward`, and
+
+        Args:
+            labels: `(batch, length)` over the tokens as passed, placeholders included. They do not choose the tokens
+                that predict them: without a `prompt_length`, each prompt ends at the first label behind its last image,
+                that is, with several turns, where the first answer about the image that is to be learnt begins. The
+                loss is over all of them, whatever `logits_to_keep` is.
+            logits_to_keep: counts the rows of `logits`, or indexes them. In training, and with labels, `logits` are as
+                long as `input_ids`, however many tokens were dropped; else they are of the tokens that are left: see
+                `PrunedModelMixin.rows_asked`. As passed they take as much memory as the dense model's where
+                `logits_to_keep` is 0; besides them, the loss needs those of the tokens that are left alone.
         """
-        given = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        inputs = {self.other_names.get(name, name): value for name, value in kwargs.items() if value is not None}
+        ids, embeds, marked = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "visual_mask"))
+        given: Any = ids if embeds is None else embeds
         if labels is not None and prompt_length is None:
-            prompt_length = self._prompt_length(
-                labels, inputs["input_ids"], inputs["inputs_embeds"], inputs["visual_mask"]
-            )
+            prompt_length = self._prompt_length(labels, ids, embeds, marked)
         as_passed = self.model.rows_asked(as_passed, labels if prompt_length is None else prompt_length)
-        outputs = self.model(**inputs, prompt_length=prompt_length, as_passed=False, **kwargs)
+        inputs |= {"cache": the_cache(past_key_values, cache), "prompt_length": prompt_length}
+        outputs = self.model(**inputs, as_passed=False)
         hidden, columns = outputs.last_hidden_state, outputs.columns
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         rows = None
@@ -125,7 +177,8 @@ class PrunedHeadMixin:
                 labels = labels.gather(1, columns.clamp(min=0))
                 labels = labels.masked_fill((columns < 0) | follows_padding, IGNORED_LABEL)
             vocabulary = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=every, labels=labels, vocab_size=vocabulary, **kwargs)
+            own = {name: value for name, value in kwargs.items() if name not in self.arguments}
+            loss = self.loss_function(logits=every, labels=labels, vocab_size=vocabulary, **own)
         return SparseCausalLMOutput(
             loss=loss,
             logits=every if few else asked(every),

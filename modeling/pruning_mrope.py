@@ -8,15 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import build_sparsifier
 from .pruning_attention import row_probabilities
-from .pruning_cache import CACHE, remembered, the_cache
-from .pruning_generation import PrunedGenerationMixin
-from .pruning_head import PrunedHeadMixin, SparseCausalLMOutput
+from .pruning_cache import CACHE, remembered
+from .pruning_head import PrunedHeadMixin
 from .pruning_inputs import DecoderInputs, newest_mask, translate
 from .pruning_model import ImageFeatures, PrunedModelMixin, Request
 from .pruning_ops import image_fingerprints
@@ -129,34 +125,6 @@ class MRopeModelMixin(PrunedModelMixin):
         self.rope_deltas = None
         self.post_init()  # type: ignore[attr-defined]
 
-    @can_return_tuple
-    def get_image_features(
-        self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        """Encodes pictures; arguments as the stock class's.
-
-        Returns:
-            `ImageFeatures`, which `forward` and `generate` take as `mm_encoder_outputs={"image": ...}`; of a dense
-            model the stock output.
-
-        Raises:
-            ValueError: without `image_grid_thw`.
-        """
-        method = self.sparsifier
-        if method is None:
-            return super().get_image_features(pixel_values, image_grid_thw, return_dict=True, **kwargs)  # type: ignore[misc]
-        return self.encode_images(method, pixel_values, image_grid_thw=image_grid_thw)
-
-    @can_return_tuple
-    def get_video_features(
-        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        """As `get_image_features`, of videos."""
-        method = self.sparsifier
-        if method is None:
-            return super().get_video_features(pixel_values_videos, video_grid_thw, return_dict=True, **kwargs)  # type: ignore[misc]
-        return self.encode_videos(method, pixel_values_videos, video_grid_thw=video_grid_thw)
-
     def encode_images(self, method: Any, pixel_values: Tensor, **arguments: Any) -> ImageFeatures:
         return self._encoded(method, pixel_values, arguments.get("image_grid_thw"), "image")
 
@@ -230,63 +198,8 @@ class MRopeModelMixin(PrunedModelMixin):
         return translate(DecoderInputs(request.embeds[:, :1], mask, None), held, cache).position_ids
 
 
-class MRopeHeadMixin(PrunedGenerationMixin, PrunedHeadMixin):
-    """Modifications of a stock model with its head: see `PrunedHeadMixin` and `PrunedGenerationMixin`."""
-
-    def build(self, config: Any, model: Any) -> None:
-        """Makes the parts; what the stock class would do where it is left out."""
-        self.model = model(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()  # type: ignore[attr-defined]
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-        second_per_grid_ts: Any = None,
-        logits_to_keep: int | Tensor = 0,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        visual_mask: Tensor | None = None,
-        output_selection: bool = False,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> SparseCausalLMOutput:
-        """Arguments as the stock class's, those of `PrunedModelMixin.forward`, and
-
-        Args:
-            labels: `(batch, length)` over the tokens as passed, placeholders included.
-            logits_to_keep: counts from the end of what is left; a tensor indexes what is left.
-        """
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "mm_encoder_outputs": mm_encoder_outputs,
-            "visual_mask": visual_mask,
-            "output_selection": output_selection,
-            "cache": the_cache(past_key_values, cache),
-        }
-        seen = {
-            "pixel_values": pixel_values,
-            "pixel_values_videos": pixel_values_videos,
-            "image_grid_thw": image_grid_thw,
-            "video_grid_thw": video_grid_thw,
-            "mm_token_type_ids": mm_token_type_ids,
-            "second_per_grid_ts": second_per_grid_ts,
-        }
-        inputs |= {name: value for name, value in seen.items() if value is not None}
-        return self.pruned_forward(inputs, labels, logits_to_keep, **kwargs)
+class MRopeHeadMixin(PrunedHeadMixin):
+    """Modifications of a stock model with its head: see `PrunedHeadMixin`."""
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
         """On a cache that knows where its prompt ends, the model counts on from there."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-from transformers.utils.generic import can_return_tuple
 
 from .modeling_sparse_clip import ProjectedFeaturesMixin, SparseCLIPVisionModel
 from .pruning_items import ImageFeatures, tokens_of
@@ -100,58 +99,6 @@ class TilesMixin(ProjectedFeaturesMixin, PrunedModelMixin):
     def video_features(self, pixel_values: Tensor, given: dict[str, Any]) -> list[Tensor]:
         """What the dense model makes of `(videos, frames, 3, height, width)`; `given` are arguments of the call."""
         raise NotImplementedError
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        image_sizes: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        question_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Encodes and projects images; arguments as the stock class's, and
-
-        Args:
-            question_ids: `(prompts, n)` int64, the question in CLIP's vocabulary, -1 for padding, for a method that
-                reads it with a CLIP text tower.
-
-        Returns:
-            `ImageFeatures`, which `forward` and `generate` take as `mm_encoder_outputs={"image": ...}`; of a dense
-            model the stock output.
-
-        Raises:
-            ValueError: for a feature layer or strategy that contradicts an encoder method, which takes its own.
-        """
-        stock: dict[str, Any] = {
-            "image_sizes": image_sizes,
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-        }
-        method = self.sparsifier
-        if method is None:
-            return super().get_image_features(pixel_values=pixel_values, return_dict=True, **stock, **kwargs)  # type: ignore[misc]
-        return self.encode_images(method, pixel_values, question_ids=question_ids, **stock, **kwargs)
-
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        question_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """As `get_image_features`, of `(videos, frames, 3, height, width)`, for `mm_encoder_outputs={"video": ...}`."""
-        given: dict[str, Any] = {
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-        }
-        method = self.sparsifier
-        if method is None:
-            return super().get_video_features(pixel_values_videos, return_dict=True, **given, **kwargs)  # type: ignore[misc]
-        return self.encode_videos(method, pixel_values_videos, question_ids=question_ids, **given, **kwargs)
 
     def encode_images(
         self,
