@@ -53,18 +53,20 @@ def _no_method(config: PreTrainedConfig) -> None:
 
 def _refuse_method(config: PreTrainedConfig, method: str | None) -> None:
     """What a class that does not prune answers to `from_pretrained(..., sparse_method=...)`."""
-    # A tokenizer beside no config.json makes a bare one of its own keywords.
-    if method is None or type(config) is PreTrainedConfig:
+    kind, bare = config.__dict__.get("model_type") or config.model_type, type(config) is PreTrainedConfig
+    # A tokenizer makes a bare one where AutoConfig raises, or of its own keywords beside no config.json.
+    if method is None or (bare and kind in {"", *FAMILIES, *(family.published_type for family in FAMILIES.values())}):
         return
-    if config.__dict__.get("model_type") in {family.sparse_type for family in FAMILIES.values()}:
+    if kind in {family.sparse_type for family in FAMILIES.values()}:
         logger.warning(
             f"sparse_method={method!r} of this folder is ignored: {type(config).__name__} is of a stock class, which "
             f"is dense. For the pruned model load with {HOW}."
         )
     else:
         raise ValueError(
-            f"sparse_method={method!r}: a {type(config).__name__} does not prune. Supported: {supported()}; load it "
-            f"with {HOW} or the Sparse class of the family, such as llava_sparse.SparseLlavaForConditionalGeneration."
+            f"sparse_method={method!r}: model_type {kind!r} ({type(config).__name__}) does not prune. Supported: "
+            f"{supported()}; load it with {HOW} or the Sparse class of the family, such as "
+            "llava_sparse.SparseLlavaForConditionalGeneration."
         )
 
 

@@ -18,6 +18,7 @@ from .pruning_types import Geometry
 
 DECODERS = ("llama", "mistral", "qwen2")
 ENCODERS = ("clip_vision_model", "sparse_clip_vision_model")
+WITHOUT_CLS = ("siglip_vision_model",)
 EXPANDED = ("sparse_layers", "sparse_budgets")
 
 logger = logging.get_logger(__name__)
@@ -44,21 +45,22 @@ def build_method(config: Any, settings: Sparsity) -> Sparsifier | None:
     settings = settings if published is None else published(settings)
     text = getattr(config, "text_config", None)
     vision = getattr(config, "vision_config", config)
-    feature_layer = getattr(config, "vision_feature_layer", -2)
     geometry = getattr(config, "sparse_geometry", None) or _geometry(config)
     classes = () if settings.method is None else method_classes(settings.method)
+    given = settings.options if isinstance(settings.options, dict) else {}
     for part in classes:
-        if geometry.has_cls:
-            _check_parts(part, vision, text, feature_layer)
-        else:
+        own = given if len(classes) == 1 else given.get(part.name)
+        own = own if isinstance(own, dict) else {}
+        if geometry.dynamic:
             _check_without_cls(part, vision)
-    if geometry.dynamic:
-        _check_gathered([part.name for part in classes], settings)
+            _check_gathered(part.name, own)
+        else:
+            _check_parts(part, own, config, vision, text)
     method = resolve(settings, geometry)
     if method is not None:
         _check_agreement(method, settings, geometry)
         encoder, depth = method.encoder, geometry.encoder_layers
-        if encoder is not None and not geometry.has_cls and encoder.feature_layer % depth != depth - 1:
+        if encoder is not None and geometry.dynamic and encoder.feature_layer % depth != depth - 1:
             raise ValueError(
                 f"`sparse_layers`: {encoder.name} takes what this tower gives behind its last layer, {depth - 1}, got "
                 f"{shown(settings.layers)}."
@@ -80,6 +82,7 @@ def _geometry(config: Any) -> Geometry:
         feature_layer=layer - 1 if layer > 0 else layer,
         tiles=getattr(config, "tiles_per_image", 1),
         frames=getattr(config, "frames_per_video", None),
+        has_cls=vision.model_type not in WITHOUT_CLS,
     )
 
 
@@ -97,21 +100,19 @@ def _check_without_cls(method: type[Sparsifier], vision: Any) -> None:
         )
 
 
-def _check_gathered(names: list[str], settings: Sparsity) -> None:
+def _check_gathered(name: str, options: dict[str, Any]) -> None:
     """Refuses to renumber tokens that keep the position of their place in the picture."""
-    options = settings.options if isinstance(settings.options, dict) else {}
-    for name in names:
-        own = options if len(names) == 1 else options.get(name)
-        if isinstance(own, dict) and own.get("positions") == "compact":
-            raise ValueError(
-                f"`sparse_options`: positions='compact' of {name}: tokens of this model keep the position of their "
-                "place in the picture (M-RoPE); 'original' is allowed, or nothing."
-            )
+    if options.get("positions") == "compact":
+        raise ValueError(
+            f"`sparse_options`: positions='compact' of {name}: tokens of this model keep the position of their "
+            "place in the picture (M-RoPE); 'original' is allowed, or nothing."
+        )
 
 
-def _check_parts(method: type[Sparsifier], vision: Any, text: Any, feature_layer: int | list[int]) -> None:
-    """Refuses a method whose kind of model part is missing or not supported."""
+def _check_parts(method: type[Sparsifier], options: dict[str, Any], config: Any, vision: Any, text: Any) -> None:
+    """Refuses a method, with its options, whose kind of model part is missing or not supported."""
     name = f"`sparse_method`={method.name!r}"
+    feature_layer = getattr(config, "vision_feature_layer", -2)
     layers = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     if method.kind == "decoder":
         if text is None:
@@ -122,13 +123,24 @@ def _check_parts(method: type[Sparsifier], vision: Any, text: Any, feature_layer
                 "Encoder methods (visionzip) work with any."
             )
     elif method.place == "projector" and text is None:
-        raise ValueError(f"{name} works behind a LLaVA's projector; a vision tower alone has none.")
-    elif vision.model_type not in ENCODERS:
-        if method.place == "projector":
-            return
+        raise ValueError(f"{name} works behind a model's projector; a vision tower alone has none.")
+    elif vision.model_type not in ENCODERS and method.place == "projector":
+        return
+    elif vision.model_type not in ENCODERS and options.get("saliency") != "received":
+        received = "; visionzip does in this one with sparse_options={'saliency': 'received'}"
         raise ValueError(
             f"{name} works in a CLIP vision tower, not in {vision.model_type!r}; methods behind the projector "
-            "(divprune) and in the decoder (sparsevlm) work with any."
+            f"(divprune) and in the decoder (sparsevlm) work with any{received * (vision.model_type in WITHOUT_CLS)}."
+        )
+    elif vision.model_type not in (*ENCODERS, *WITHOUT_CLS):
+        raise ValueError(
+            f"{name} works in a CLIP or SigLIP vision tower, not in {vision.model_type!r}; methods behind the "
+            "projector (divprune) and in the decoder (sparsevlm) work with any."
+        )
+    elif vision.model_type in WITHOUT_CLS and config.vision_feature_select_strategy != "full":
+        raise ValueError(
+            f"{name} takes all patches of a tower without CLS: vision_feature_select_strategy='full' is allowed, got "
+            f"{config.vision_feature_select_strategy!r}, which leaves out the first."
         )
     elif len(layers) > 1:
         raise ValueError(
@@ -175,6 +187,7 @@ class SparseFieldsMixin:
     """
 
     model_type: ClassVar[str]
+    sub_configs: ClassVar[dict[str, Any]]
     # What Trainer gathers of the outputs is logits alone; the stock list lacks what stands for pictures.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
@@ -242,12 +255,19 @@ class SparseFieldsMixin:
         """As transformers', with `sparse_*` keywords in place of what a checkpoint holds of the same method.
 
         Raises:
-            ValueError: also for an option that names something to be loaded, where only the checkpoint says so.
+            ValueError: also for a checkpoint of another family, and for an option that names something to be loaded,
+                where only the checkpoint says so.
         """
         config_dict = merge_sparse_fields(cls, config_dict, kwargs)
         # A stock checkpoint names the stock type, by which transformers would look up the names of the weights.
-        if config_dict.pop("model_type", cls.model_type) != cls.model_type:
+        kind, stock = config_dict.pop("model_type", cls.model_type), cls.model_type.removeprefix("sparse_")
+        if kind != cls.model_type:
             config_dict.pop("architectures", None)
+        if kind not in ("", stock, cls.model_type) and "text_config" in cls.sub_configs:
+            raise ValueError(
+                f"model_type {kind!r}: {stock!r} is allowed where {cls.__name__} is loaded. "
+                "AutoModelForImageTextToText.from_pretrained(path, sparse_method=...) takes the class that fits."
+            )
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from .pruning_methods import EncoderSparsifier
 from .pruning_ops import best, cluster_mean, rows_at, to_float
 from .pruning_registry import register_method
-from .pruning_settings import Sparsity, as_lists, check_budget, check_counts, check_options, is_count, shown
+from .pruning_settings import Sparsity, as_lists, check_budget, check_counts, check_options, is_count, option, shown
 from .pruning_types import Geometry, VisionFeatures, VisualTokens
+
+SALIENCIES = ("cls", "received")
 
 
 def contextual_tokens(
@@ -72,6 +74,8 @@ class VisionZip(EncoderSparsifier):
     heads; all D dominant tokens are patches; both kinds are made of the features that enter the decoder, and a
     contextual token stands where its target stood, among the dominant ones. A ratio d is D = int(d N) of the N tokens
     of a picture; where numbers are more than N, M is less, then D.
+    Nobody has published that for other towers: `saliency="received"` is the same rule, ours, at layer q of a SigLIP
+    tower, which has to be asked for. In a CLIP tower it replaces s_p alone, by what p receives, from CLS too.
     """
 
     name = "visionzip"
@@ -81,6 +85,12 @@ class VisionZip(EncoderSparsifier):
     needs_attention = True
     keeps_cls = True
 
+    saliency: str = option(
+        "cls",
+        "what rates patches: the attention of CLS, or that received from all tokens; Qwen-VL knows the latter alone",
+        choices=SALIENCIES,
+    )
+
     @classmethod
     def entering(cls, patches: int, settings: Sparsity) -> int:
         return sum(cls._counts(patches, settings))
@@ -88,11 +98,18 @@ class VisionZip(EncoderSparsifier):
     @classmethod
     def resolve(cls, geometry: Geometry, settings: Sparsity) -> VisionZip:
         layer = cls.check_layer(geometry, settings.layers)
-        return cls((layer,), cls._counts(geometry.patches, settings, geometry.has_cls, geometry.dynamic))
+        counts = cls._counts(geometry.patches, settings, geometry.has_cls, geometry.dynamic)
+        return cls((layer,), counts, **check_options(cls, settings.options))
 
     @classmethod
-    def _counts(cls, patches: int, settings: Sparsity, has_cls: bool = True, dynamic: bool = False) -> tuple[int, int]:
-        """D and M; of a picture that has fewer tokens, where these are of any size, M is less."""
+    def _counts(
+        cls, patches: int, settings: Sparsity, has_cls: bool | None = None, dynamic: bool = False
+    ) -> tuple[int, int]:
+        """D and M; of a picture that has fewer tokens, where these are of any size, M is less.
+
+        Args:
+            has_cls: whether the tower has it; None where that is not known, as to processors.
+        """
         check_options(cls, settings.options)
         budget, budgets = check_budget(settings.budget, patches), settings.budgets
         if budgets is None:
@@ -100,12 +117,12 @@ class VisionZip(EncoderSparsifier):
                 raise cls.needs_budget("[dominant, contextual]")
             contextual = int(budget * 5 / 32 + 0.5)
             return budget - contextual, contextual
-        most = patches + has_cls
+        most = patches + (has_cls is not False)
         dominant, contextual = check_counts("sparse_budgets", budgets, 0, most, 2, of=patches)
         if dynamic and (patches == 1 or not any(isinstance(v, float) for v in budgets)):
             contextual = min(contextual, most - dominant)
         if not is_count(dominant, 1, most - contextual):
-            counted = " (it counts CLS)" if has_cls else ""
+            counted = {True: " (it counts CLS)", False: "", None: " (it counts CLS, where the tower has it)"}[has_cls]
             raise ValueError(
                 f"`sparse_budgets` must be [dominant, contextual]: dominant must be at least 1{counted}, both "
                 f"together at most {most}, the tokens of the encoder, got {shown(as_lists(budgets))}."
@@ -115,6 +132,10 @@ class VisionZip(EncoderSparsifier):
     @property
     def tokens(self) -> int:
         return sum(self.budgets)
+
+    @property
+    def receives(self) -> bool:
+        return self.saliency == "received"
 
     @property
     def new_tokens(self) -> int:

@@ -1,14 +1,14 @@
-"""CLIP vision tower that stops after the layer that is used and can reduce its tokens there."""
+"""Vision towers, CLIP's and SigLIP's, that stop after the layer that is used and can reduce their tokens there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, SiglipVisionModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionModel
@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_sparse_llava import SparseCLIPVisionConfig, build_sparsifier
-from .pruning_attention import TAP, RowTap, row_probabilities, watch
+from .pruning_attention import TAP, RowTap, received_attention, row_probabilities, watch
 from .pruning_ops import autocast_disabled, image_fingerprints
 from .pruning_types import Selection, VisionFeatures, VisualTokens
 
@@ -53,14 +53,14 @@ def register_weight_names(stock_by_sparse: dict[str, str]) -> None:
         register_checkpoint_conversion_mapping(sparse, get_checkpoint_conversion_mapping(stock), overwrite=True)
 
 
-register_weight_names({"SparseCLIPVisionModel": "CLIPVisionModel"})
+register_weight_names({"SparseCLIPVisionModel": "CLIPVisionModel", "SparseSiglipVisionModel": "SiglipVisionModel"})
 
 
 def vision_tower(config: Any) -> Any:
-    """The tower of a vision configuration, one that can prune where it is a CLIP."""
-    if config.model_type == "clip_vision_model":
-        return SparseCLIPVisionModel(config)
-    return AutoModel.from_config(config)
+    """The tower of a vision configuration, one that can prune where it is a CLIP or a SigLIP."""
+    own = {"clip_vision_model": SparseCLIPVisionModel, "siglip_vision_model": SparseSiglipVisionModel}
+    kind = own.get(config.model_type)
+    return AutoModel.from_config(config) if kind is None else kind(config)
 
 
 class ProjectedFeaturesMixin:
@@ -81,6 +81,11 @@ class ProjectedFeaturesMixin:
             if value is not None and value != getattr(self.config, name):
                 raise ValueError(f"{name}={value!r}: {encoder.name} takes its own features; leave it out.")
 
+    def reduces_inside(self, encoder: Any) -> bool:
+        """Whether the tower is handed the method; else one behind the projector takes what the dense tower gives."""
+        tower = self.vision_tower
+        return isinstance(tower, SparseTowerMixin) and bool(tower.has_cls or encoder.place != "projector")
+
     def projected_features(
         self,
         pixel_values: Tensor,
@@ -91,43 +96,43 @@ class ProjectedFeaturesMixin:
     ) -> Tensor:
         """All patches of `(items, 3, height, width)`, projected: `(items, N, channels)`.
 
-        A CLIP tower runs no layer that is not used. With `pool`, what it makes of the patches is projected.
+        A CLIP or SigLIP tower runs no layer that is not used. With `pool`, what it makes of the patches is projected.
         """
         chosen: Any = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         chosen = [chosen] if isinstance(chosen, int) else chosen
-        if isinstance(self.vision_tower, SparseCLIPVisionModel):
-            count = len(self.vision_tower.encoder.layers) + 1
-            depths = [layer % count for layer in chosen]
+        tower: Any = self.vision_tower
+        if isinstance(tower, SparseTowerMixin):
+            depths = [layer % (len(tower.encoder.layers) + 1) for layer in chosen]
             hidden = self.vision_tower(pixel_values, depths=depths, return_dict=True, **kwargs).last_hidden_state
         else:
-            states = self.vision_tower(
-                pixel_values, output_hidden_states=True, return_dict=True, **kwargs
-            ).hidden_states
+            states = tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
             hidden = torch.cat([states[layer] for layer in chosen], dim=-1)
         if (vision_feature_select_strategy or self.config.vision_feature_select_strategy) == "default":
             hidden = hidden[:, 1:]
         return self.multi_modal_projector(hidden if pool is None else pool(hidden))
 
 
-class SparseCLIPVisionModel(CLIPVisionModel):
-    """CLIP vision tower whose tokens can be reduced; usable alone.
+class SparseTowerMixin:
+    """Modifications of a stock tower, whose tokens can be reduced.
 
-    Modifications: stops after the last layer that is used; with an encoder method `last_hidden_state` is the reduced
-    output of the method's layer, `(images, tokens, channels)`, and there is no pooled output. Without a method and
-    without `depths` it is the stock tower.
+    It stops after the last layer that is used; with an encoder method `last_hidden_state` is the reduced output of the
+    method's layer, `(images, tokens, channels)`, and there is no pooled output. Without a method and without `depths`
+    it is the stock tower.
+
+    Attributes:
+        has_cls: whether CLS is its first token.
     """
 
-    config_class = SparseCLIPVisionConfig
-    config: SparseCLIPVisionConfig
+    config: Any
+    encoder: Any
+    embeddings: Any
     sparsifier: Any = None
-    _no_split_modules = (*CLIPVisionModel._no_split_modules, "SparseCLIPEncoderLayer")
+    has_cls: ClassVar[bool] = True
 
-    def __init__(self, config: SparseCLIPVisionConfig) -> None:
-        super().__init__(config)
-        self.encoder.layers = nn.ModuleList(SparseCLIPEncoderLayer(config) for _ in self.encoder.layers)
-        self.post_init()
-        self.sparsifier = build_sparsifier(config)
-        self.watch_layers()
+    def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+        """What enters the first layer."""
+        hidden: Tensor = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return hidden
 
     def watch_layers(self) -> None:
         """Lets the layers' attention hand out the rows that a method asks for."""
@@ -159,7 +164,7 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         """
         sparsifier = sparsifier or (self.sparsifier if depths is None else None)
         if sparsifier is None and depths is None:
-            return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+            return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)  # type: ignore[misc]
         outputs = self._forward_short(
             pixel_values, interpolate_pos_encoding, sparsifier, depths, with_cls, refine, **kwargs
         )
@@ -180,7 +185,7 @@ class SparseCLIPVisionModel(CLIPVisionModel):
         refine: Callable[[VisionFeatures], VisionFeatures] | None = None,
         **kwargs: Any,
     ) -> SparseCLIPVisionOutput:
-        hidden = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
+        hidden = self.embed(pixel_values, interpolate_pos_encoding)
         if method is None:
             outputs = [hidden]
             for layer in self.encoder.layers[: max(depths)]:  # type: ignore[arg-type]
@@ -189,7 +194,8 @@ class SparseCLIPVisionModel(CLIPVisionModel):
             return SparseCLIPVisionOutput(last_hidden_state=chosen[:, 1:] if with_cls is False else chosen)
         rows, columns = (size // self.config.patch_size for size in pixel_values.shape[-2:])
         whole = bool(with_cls) and method.place == "projector"
-        vision = self._features(method, hidden, (rows, columns), int(not whole), **kwargs)
+        first = int(self.has_cls and not whole)
+        vision = self._features(method, hidden, (rows, columns), first, **kwargs)
         vision = vision if refine is None else refine(vision)
         if method.draws:
             vision = replace(vision, fingerprints=image_fingerprints(pixel_values))
@@ -204,7 +210,7 @@ class SparseCLIPVisionModel(CLIPVisionModel):
     def _features(
         self, method: Any, hidden: Tensor, grid: tuple[int, int], first: int, **kwargs: Any
     ) -> VisionFeatures:
-        """What the method sees: the output of its layer, with the attention of CLS there if it needs that.
+        """What the method sees: the output of its layer, with the attention of CLS, or that received, if it needs that.
 
         Args:
             first: 1 to leave CLS out, 0 for a method behind the projector that chooses from it too.
@@ -219,9 +225,44 @@ class SparseCLIPVisionModel(CLIPVisionModel):
             hidden = layer(hidden, None, **kwargs)
         if not method.needs_attention:
             hidden = layers[used](hidden, None, **kwargs)
-            return VisionFeatures(hidden[:, first:], grid, hidden[:, 0])
-        tap = RowTap(torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device), project_keys=True)
+            return VisionFeatures(hidden[:, first:], grid, hidden[:, 0] if self.has_cls else None)
+        looking = torch.arange(hidden.shape[1] if method.receives else 1, device=hidden.device)
+        tap = RowTap(looking.expand(len(hidden), -1), project_keys=True)
         hidden = layers[used](hidden, None, **{TAP: tap}, **kwargs)
-        saliency = row_probabilities(tap.query, tap.key, layers[used].self_attn.scale)[:, :, 0, first:]
-        saliency, keys = map(tap.of_all_heads, (saliency, tap.key[:, :, first:]))
-        return VisionFeatures(hidden[:, first:], grid, hidden[:, 0], saliency, keys)
+        scale = layers[used].self_attn.scale
+        if method.receives:
+            saliency = tap.of_all_heads(received_attention(tap.query, tap.key, scale)).mean(1, keepdim=True)
+        else:
+            saliency = tap.of_all_heads(row_probabilities(tap.query, tap.key, scale)[:, :, 0])
+        keys = tap.of_all_heads(tap.key)[:, :, first:]
+        cls = hidden[:, 0] if self.has_cls else None
+        return VisionFeatures(hidden[:, first:], grid, cls, saliency[..., first:], keys)
+
+
+class SparseCLIPVisionModel(SparseTowerMixin, CLIPVisionModel):
+    """CLIP vision tower whose tokens can be reduced; usable alone. See `SparseTowerMixin`."""
+
+    config_class = SparseCLIPVisionConfig
+    config: SparseCLIPVisionConfig
+    _no_split_modules = (*CLIPVisionModel._no_split_modules, "SparseCLIPEncoderLayer")
+
+    def __init__(self, config: SparseCLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.encoder.layers = nn.ModuleList(SparseCLIPEncoderLayer(config) for _ in self.encoder.layers)
+        self.post_init()
+        self.sparsifier = build_sparsifier(config)
+        self.watch_layers()
+
+    def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+        hidden: Tensor = self.pre_layrnorm(super().embed(pixel_values, interpolate_pos_encoding))
+        return hidden
+
+
+class SparseSiglipVisionModel(SparseTowerMixin, SiglipVisionModel):
+    """SigLIP vision tower, which has no CLS: methods rate its patches by what they receive. See `SparseTowerMixin`."""
+
+    has_cls = False
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.watch_layers()

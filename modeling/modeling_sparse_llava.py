@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .configuration_sparse_llava import SparseLlavaConfig, build_sparsifier
-from .modeling_sparse_clip import ProjectedFeaturesMixin, SparseCLIPVisionModel, register_weight_names, vision_tower
+from .modeling_sparse_clip import ProjectedFeaturesMixin, SparseTowerMixin, register_weight_names, vision_tower
 from .modeling_sparse_text import sparse_decoder
 from .pruning_head import PrunedHeadMixin
 from .pruning_items import ImageFeatures
@@ -69,7 +69,7 @@ class SparseLlavaModel(PrunedModelMixin, ProjectedFeaturesMixin, LlavaModel):
             features = self._all_features(pixel_values, **kwargs)
             return ImageFeatures(pooler_output=features, dense=[len(image) for image in features], **known)
         self.refuse_features(encoder, kwargs)
-        if not isinstance(self.vision_tower, SparseCLIPVisionModel):
+        if not self.reduces_inside(encoder):
             features = BaseModelOutputWithPooling(pooler_output=self._all_features(pixel_values, **kwargs))
             return replace(self.adopt(features, method), **known)
         kwargs.pop("image_sizes", None)
@@ -87,7 +87,7 @@ class SparseLlavaModel(PrunedModelMixin, ProjectedFeaturesMixin, LlavaModel):
 
     def _all_features(self, pixel_values: Tensor, **kwargs: Any) -> list[Tensor]:
         """Projected features of all patches of each image."""
-        if not isinstance(self.vision_tower, SparseCLIPVisionModel) or kwargs.get("image_sizes") is not None:
+        if not isinstance(self.vision_tower, SparseTowerMixin) or kwargs.get("image_sizes") is not None:
             outputs = super().get_image_features(pixel_values=pixel_values, return_dict=True, **kwargs)
             return list(outputs.pooler_output)
         kwargs.pop("image_sizes", None)

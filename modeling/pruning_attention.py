@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .pruning_ops import autocast_disabled, rows_at, to_float
 
 TAP = "row_tap"
+ROWS = 64  # of attention that are there at a time, where all are needed
 
 
 class RowTap:
@@ -95,6 +96,23 @@ def watch(attention: nn.Module) -> None:
     """Lets `attention` fill a `RowTap` passed to its layer as keyword `row_tap`; idempotent, inactive without one."""
     if _take_from_call not in attention._forward_pre_hooks.values():
         attention.register_forward_pre_hook(_take_from_call, with_kwargs=True)
+
+
+@torch.no_grad()
+def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """The attention that each token receives from all of them, in float32 (float64 for a float64 model).
+
+    Blocks of rows are summed: nothing of length x length is there.
+
+    Args:
+        query: `(batch, heads, length, head_dim)`; key: `(batch, key_heads, length, head_dim)`.
+        scaling: factor of the logits.
+
+    Returns:
+        `(batch, heads, length)`, summed over the tokens that look.
+    """
+    blocks = query.split(ROWS, dim=2)
+    return sum(row_probabilities(rows, key, scaling).sum(2) for rows in blocks)  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -135,6 +135,11 @@ class EncoderSparsifier(Sparsifier):
         return self.budgets[-1]
 
     @property
+    def receives(self) -> bool:
+        """Whether it reads what patches receive from all, and not the attention of CLS; with `needs_attention`."""
+        return False
+
+    @property
     def new_tokens(self) -> int:
         """How many of them, at most, are made anew of several patches."""
         return 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_sparse_llava import build_sparsifier
-from .pruning_attention import row_probabilities
+from .pruning_attention import received_attention
 from .pruning_cache import CACHE, remembered
 from .pruning_head import PrunedHeadMixin
 from .pruning_inputs import DecoderInputs, newest_mask, translate
@@ -19,7 +19,6 @@ from .pruning_ops import image_fingerprints
 from .pruning_types import VisionFeatures
 
 RECEIVED = "received_attention"
-ROWS = 64  # of attention that are there at a time
 MODALITIES = {"image": ("pixel_values", "image_token_id"), "video": ("pixel_values_videos", "video_token_id")}
 
 
@@ -42,17 +41,13 @@ class ReceivedAttention:
         self.attention = attention
 
     def take(self, hidden: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
-        """Sums blocks of rows: nothing of length x length is there."""
         attention: Any = self.attention
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
         query, key, _ = attention.qkv(hidden).reshape(len(hidden), 3, attention.num_heads, -1).unbind(1)
         query, key = (x.transpose(0, 1) for x in rotate(query, key, *position_embeddings))
         lengths, parts = cu_seqlens.diff().tolist(), []
         for queries, keys in zip(query.split(lengths, 1), key.split(lengths, 1), strict=True):
-            total = key.new_zeros(keys.shape[1], dtype=torch.promote_types(key.dtype, torch.float32))
-            for rows in queries.split(ROWS, 1):
-                total += row_probabilities(rows[None], keys[None], attention.scaling)[0].mean(0).sum(0)
-            parts.append(total)
+            parts.append(received_attention(queries[None], keys[None], attention.scaling)[0].mean(0))
         self.received, self.keys = torch.cat(parts), key
 
 

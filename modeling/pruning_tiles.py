@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from .modeling_sparse_clip import ProjectedFeaturesMixin, SparseCLIPVisionModel
+from .modeling_sparse_clip import ProjectedFeaturesMixin
 from .pruning_items import ImageFeatures, tokens_of
 from .pruning_model import PrunedModelMixin
 from .pruning_ops import image_fingerprints
@@ -28,7 +28,7 @@ def raster_order(index: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     what stands for none (CLS) and what was made anew, tile by tile.
 
     Args:
-        index: `(tiles, k)` int64, see `VisualTokens.patch_index`, the first tile being of the whole picture; grid: rows
+        index: `(tiles, k)` int64, see `VisualTokens.places`, the first tile being of the whole picture; grid: rows
             and columns of the others; side: patches along the side of a tile.
 
     Returns:
@@ -177,7 +177,7 @@ class TilesMixin(ProjectedFeaturesMixin, PrunedModelMixin):
         made: dict[int, Any] = {}
         for encoder, group in same.items():
             pixels = torch.cat([pictures[i] for i in group])
-            if isinstance(self.vision_tower, SparseCLIPVisionModel):
+            if self.reduces_inside(encoder):
                 outputs = self.vision_tower(pixels, sparsifier=encoder, return_dict=True, **kwargs)
                 projected = self.multi_modal_projector(outputs.last_hidden_state)
                 found, name = (outputs.vision, "projected") if outputs.tokens is None else (outputs.tokens, "features")
@@ -189,7 +189,7 @@ class TilesMixin(ProjectedFeaturesMixin, PrunedModelMixin):
         return [made[i] for i in range(len(pictures))]
 
     def pack(self, tiles: VisualTokens, grid: tuple[int, int]) -> VisualTokens:
-        order = raster_order(tiles.patch_index, grid, self.side)
+        order = raster_order(tiles.places, grid, self.side)
         whole = VisualTokens.joined(tiles.split())
         sizes = whole.token_sizes
         return replace(

@@ -311,6 +311,8 @@ def test_one_and_all_are_told_apart(caplog):
 def test_a_class_that_does_not_prune_says_so(tmp_path, caplog):
     from transformers import (
         AutoModel,
+        AutoModelForImageTextToText,
+        AutoProcessor,
         LlavaForConditionalGeneration,
         VipLlavaConfig,
         VipLlavaForConditionalGeneration,
@@ -319,14 +321,21 @@ def test_a_class_that_does_not_prune_says_so(tmp_path, caplog):
     tiny.save_checkpoint(tmp_path / "stock")
     llava_sparse.sparsify(tiny.dense_model(), "visionzip", budget=5).save_pretrained(tmp_path / "pruned")
     VipLlavaConfig().save_pretrained(tmp_path / "other")
+    tiny.processor().save_pretrained(tmp_path / "other")
     message = "does not prune. Supported: LLaVA-1.5 .*AutoModelForImageTextToText.from_pretrained"
-    for load, folder, settings in (
-        (LlavaForConditionalGeneration, "stock", {"sparse_method": "visionzip", "sparse_budget": 5}),
-        (VipLlavaForConditionalGeneration, "other", {"sparse_method": "visionzip", "sparse_budget": 5}),
-        (AutoModel, "other", {"sparse_method": "visionzip", "sparse_budget": 5}),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load.from_pretrained(tmp_path / folder, **settings)
+    settings = {"sparse_method": "visionzip", "sparse_budget": 5}
+    with pytest.raises(ValueError, match=f"model_type 'llava' .* {message}"):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path / "stock", **settings)
+    autos = (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor)
+    for load in (VipLlavaForConditionalGeneration, *autos):
+        with pytest.raises(ValueError, match=f"model_type 'vipllava' .* {message}"):
+            load.from_pretrained(tmp_path / "other", **settings)
+    for name in ("Config", "ForConditionalGeneration", "Model"):
+        with pytest.raises(ValueError, match=r"model_type 'vipllava'.*'llava' is allowed"):
+            getattr(llava_sparse, f"SparseLlava{name}").from_pretrained(tmp_path / "other", **settings)
+    with pytest.raises(ValueError, match=r"model_type 'llava'.*'qwen2_5_vl' is allowed"):
+        llava_sparse.SparseQwen2_5_VLConfig.from_pretrained(tmp_path / "stock", **settings)
+    AutoProcessor.from_pretrained(tmp_path / "other")
     logger = logging.getLogger("llava_sparse.auto")
     logger.addHandler(caplog.handler)
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "pruned")
