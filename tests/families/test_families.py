@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from functools import lru_cache
 from types import SimpleNamespace
@@ -228,6 +229,16 @@ def test_labels_and_gradients(family, method):
     if family.shortens:
         ours = batch_of(family, **settings(family, method))
         assert float(model(**labelled(model, ours)).loss.detach()) == pytest.approx(float(loss.detach()), abs=2e-5)
+
+
+@each
+def test_a_trainer_sees_what_a_model_takes(family):
+    """Trainer leaves out columns of data sets that the signature of `forward` does not name."""
+    model = pruned(family, "divprune")
+    seen = set(inspect.signature(model.forward).parameters)
+    given = set(batch_of(family)) | set(model.model.visual_arguments) | {"labels", "prompt_length"}
+    stock = set(inspect.signature(family.make().forward).parameters) - {"use_cache"}
+    assert given | stock <= seen
 
 
 @crossed
