@@ -74,6 +74,18 @@ class SparseProcessorMixin:
         if count_tokens is not None and patch_size and getattr(image_processor, "crop_size", None):
             self.check_settings()
 
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """As transformers', which without torchvision does not come to its message."""
+        try:
+            return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
+        except AttributeError as error:
+            if argument_name != "video_processor":
+                raise
+            raise ImportError(
+                f"{type(self).__name__} needs a video processor, and those of transformers need torchvision, also for "
+                "frames given as arrays or pictures: pip install torchvision, of the release that fits torch."
+            ) from error
+
     def check_settings(self) -> None:
         """Raises ValueError for settings that a model would refuse."""
         raise NotImplementedError

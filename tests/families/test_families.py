@@ -8,10 +8,12 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from family_cases import FAMILIES, FAST, Family
 from hub_folder import load_without_the_package
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import is_torchvision_available
 
 import llava_sparse
 from llava_sparse.families import FAMILIES as KNOWN
@@ -278,6 +280,15 @@ def test_loading_saving_and_switching(family, tmp_path):
     assert not torch.equal(last(again, batch), expected)
     again.set_sparsity(None)
     assert torch.equal(last(again, batch), last(plain.eval(), batch))
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if "video" in name or "onevision" in name or "qwen" in name])
+def test_video_processors_without_torchvision_say_what_is_missing(name):
+    if is_torchvision_available():
+        pytest.skip("torchvision is installed")
+    stock = tiny.processor()
+    with pytest.raises(ImportError, match="pip install torchvision"):
+        KNOWN[name].sparse("Processor")(image_processor=stock.image_processor, tokenizer=stock.tokenizer)
 
 
 @pytest.mark.slow
