@@ -54,7 +54,7 @@ class SparseLlavaNextModel(TilesMixin, LlavaNextModel):
 
     def pack_dense(self, tiles: Sequence[Tensor], image_sizes: Any, given: dict[str, Any]) -> list[Tensor]:
         strategy = given.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
-        return self.pack_image_features(tiles, image_sizes, strategy, self.image_newline)[0]
+        return self.pack_image_features(tiles, image_sizes, strategy, self.newline)[0]
 
     def pack_image_features(
         self,

@@ -61,7 +61,7 @@ class SparseLlavaNextVideoModel(TilesMixin, LlavaNextVideoModel):
 
     def pack_dense(self, tiles: Sequence[Tensor], image_sizes: Any, given: dict[str, Any]) -> list[Tensor]:
         strategy = given.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
-        return self.pack_image_features(tiles, image_sizes, strategy, image_newline=self.image_newline)[0]
+        return self.pack_image_features(tiles, image_sizes, strategy, image_newline=self.newline)[0]
 
     def video_features(self, pixel_values: Tensor, given: dict[str, Any]) -> list[Tensor]:
         frames = self.projected_features(pixel_values.flatten(0, 1), pool=self.vision_resampler, **given)

@@ -68,12 +68,12 @@ class SparseLlavaOnevisionModel(TilesMixin, LlavaOnevisionModel):
 
     def pack_dense(self, tiles: Sequence[Tensor], image_sizes: Any, given: dict[str, Any]) -> list[Tensor]:
         aspect = given.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
-        newline = self.image_newline
+        newline = self.newline
         return self.pack_image_features(tiles, image_sizes, image_newline=newline, vision_aspect_ratio=aspect)[0]
 
     def video_features(self, pixel_values: Tensor, given: dict[str, Any]) -> list[Tensor]:
         frames = self.apply_pooling(self.projected_features(pixel_values.flatten(0, 1), **given))
-        newline = self.image_newline[None].to(frames.device, frames.dtype)
+        newline = self.newline[None].to(frames.device, frames.dtype)
         return [torch.cat([x, newline]) for x in frames.reshape(len(pixel_values), -1, frames.shape[-1])]
 
     def stock_features(self, given: Any, modality: str) -> Any:

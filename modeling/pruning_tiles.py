@@ -59,6 +59,17 @@ class TilesMixin(ProjectedFeaturesMixin, PrunedModelMixin):
         """Patches along the side of a tile."""
         return self.config.vision_config.image_size // self.config.vision_config.patch_size
 
+    @property
+    def newline(self) -> Tensor:
+        """The vector behind a row, `(channels,)`; where weights are offloaded, they come in for `forward` alone."""
+        here: Tensor = self.image_newline  # type: ignore[attr-defined]
+        if not here.is_meta:
+            return here
+        hook: Any = self._hf_hook  # type: ignore[attr-defined]
+        aligning = next(one for one in (hook, *getattr(hook, "hooks", ())) if getattr(one, "weights_map", None))
+        kept: Tensor = aligning.weights_map["image_newline"]
+        return kept
+
     def sizes_of(self, size: Any) -> dict[str, Any]:
         if isinstance(size, int):  # Packed by the caller.
             return {"patches": size, "tiles": 1}

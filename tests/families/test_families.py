@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from family_calls import LOGITS, NEW, batch_of, last, placeholders, pruned, settings, singles, tokens
 from family_cases import FAMILIES, FAST, Family
 from hub_folder import load_without_the_package
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -18,9 +18,6 @@ from transformers.utils import is_torchvision_available
 import llava_sparse
 from llava_sparse.families import FAMILIES as KNOWN
 from llava_sparse.modeling.pruning_registry import METHODS, method_classes
-
-NEW = 4
-LOGITS = dict(rtol=0, atol=2e-4)
 
 
 def cell(family: Family, method: str):
@@ -33,51 +30,6 @@ FEW = [one for one in CELLS if one.values[1] in FAST[:5]]
 crossed = pytest.mark.parametrize(("family", "method"), CELLS)
 sampled = pytest.mark.parametrize(("family", "method"), FEW)
 each = pytest.mark.parametrize("family", FAMILIES, ids=str)
-
-
-@lru_cache(maxsize=1)
-def pruned(family: Family, method: str):
-    """A model for tests that leave it as it is."""
-    return llava_sparse.sparsify(family.make(), method, family.budget)
-
-
-def settings(family: Family, method: str) -> dict:
-    return {"sparse_method": method, "sparse_budget": family.budget}
-
-
-def batch_of(family: Family, texts=None, seed: int = 0, **sparse) -> dict:
-    return family.inputs(family.processor(**sparse), family.texts if texts is None else texts, seed)
-
-
-def singles(family: Family, **sparse) -> list[dict]:
-    """The prompts of `batch_of`, each alone, with the pictures that it has there."""
-    found, seed = [], 0
-    for text in family.texts:
-        found.append(batch_of(family, [text], seed, **sparse))
-        seed += text.count("<image>") + text.count("<video>")
-    return found
-
-
-def placeholders(model) -> list[int]:
-    """What no answer may hold: it would ask for a picture."""
-    ids = vars(model.config)
-    return [
-        ids[f"{kind}_token_{end}"]
-        for kind in ("image", "video")
-        for end in ("id", "index")
-        if f"{kind}_token_{end}" in ids
-    ]
-
-
-def tokens(model, batch, **kwargs) -> torch.Tensor:
-    kwargs = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **kwargs}
-    kwargs["suppress_tokens"] = placeholders(model)
-    return model.generate(**batch, **kwargs)[:, batch["input_ids"].shape[1] :]
-
-
-@torch.no_grad()
-def last(model, batch) -> torch.Tensor:
-    return model(**batch).logits[:, -1]
 
 
 # --- Batches -----------------------------------------------------------------------------------------------------
