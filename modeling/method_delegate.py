@@ -34,15 +34,19 @@ def word_relevance(projected: Tensor, question: Question) -> Tensor:
     return torch.where(question.valid.any(-1, keepdim=True), similarity.amax(-1), 0)
 
 
-def constituents(similarity: Tensor, kept: Tensor) -> Tensor:
+def constituents(similarity: Tensor, kept: Tensor, sizes: Tensor | None = None) -> Tensor:
     """How many patches each of the `kept` `(rows, k)` stands for: itself, and those it is most similar to of all kept.
+
+    Args:
+        sizes: `(rows, N)`, how many each of these is itself; None for one.
 
     Returns:
         `(rows, k)` float.
     """
     places = torch.arange(kept.shape[1], device=kept.device)
     owner = rows_at(similarity, kept).argmax(1).scatter(1, kept, places.expand_as(kept))
-    return (owner[:, None] == places[:, None]).sum(-1).to(similarity.dtype)
+    own = owner[:, None] == places[:, None]
+    return (own if sizes is None else own * sizes[:, None]).sum(-1).to(similarity.dtype)
 
 
 @register_method
@@ -58,6 +62,7 @@ class Delegate(EncoderSparsifier):
     - a kept token j stands for the s_j patches that are most similar to it, and the decoder's attention is
       proportional: log s_j is added to the logits of all that look at it, as if all its patches were there. Fewer
       visual tokens draw less attention in all; without this, answers lean towards what the words alone suggest (No).
+      Behind a method that merges in the tower's layers, patches are counted, not the tokens they have become.
 
     The kept tokens stand in their order, with contiguous positions, as they were. `sparse_budgets` is [tokens]. All
     patches are the dense model. Options: `beta`, 1 by default; `proportional`, true by default; `block`, see
@@ -98,4 +103,8 @@ class Delegate(EncoderSparsifier):
         demand = normalised(relevance) ** self.beta
         kept = greedy_coverage(similarity, demand, self.tokens, self.block)[0].sort(dim=-1).values
         tokens = VisualTokens.kept(projected, kept, relevance)
-        return replace(tokens, token_sizes=constituents(similarity, kept)) if self.proportional else tokens
+        return (
+            replace(tokens, token_sizes=constituents(similarity, kept, vision.token_sizes))
+            if self.proportional
+            else tokens
+        )

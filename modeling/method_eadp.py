@@ -84,6 +84,7 @@ class EADP(EncoderSparsifier):
     place = "projector"
     unit = "picture"
     looks_at_question = True
+    needs_grid = True
 
     alpha: float = option(0.5, "weight of the whole question beside single words", low=0, high=1)
     beta: float = option(1.0, "exponent of the demand of a patch", low=0)

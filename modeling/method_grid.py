@@ -55,6 +55,7 @@ class UniformTokens(EncoderSparsifier):
     paper = PAPER
     summary = "keeps the patches of a regular grid: a control"
     cost = "1"
+    needs_grid = True
 
     def reduce(self, vision: VisionFeatures) -> VisualTokens:
         x = vision.features
@@ -76,6 +77,7 @@ class PooledTokens(EncoderSparsifier):
     paper = PAPER
     summary = "averages the patches of every cell of a regular grid: a control"
     cost = "N d"
+    needs_grid = True
 
     @property
     def new_tokens(self) -> int:

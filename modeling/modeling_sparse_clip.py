@@ -199,10 +199,14 @@ class SparseTowerMixin:
         vision = vision if refine is None else refine(vision)
         if method.draws:
             vision = replace(vision, fingerprints=image_fingerprints(pixel_values))
-        if method.place == "projector":
+        if method.inside is None:
             return SparseCLIPVisionOutput(last_hidden_state=vision.features, vision=vision)
         with autocast_disabled(vision.features):
-            tokens = method.reduce(vision)
+            tokens = method.inside.reduce(vision)
+            if method.behind is not None:
+                left = tokens.features
+                vision = replace(vision, features=left, grid=(1, left.shape[1]), sources=None, before=tokens)
+                return SparseCLIPVisionOutput(last_hidden_state=left, vision=vision)
             if with_cls:
                 tokens = tokens.with_cls(vision.cls, method.keeps_cls)
         return SparseCLIPVisionOutput(last_hidden_state=tokens.features, tokens=tokens)

@@ -63,6 +63,11 @@ class Sparsifier(ABC):
         return self if other == geometry else resolve(settings.at_most(other.tokens), other)
 
     @property
+    def parts(self) -> tuple[Any, ...]:
+        """The methods that it is composed of, itself where it is one."""
+        return (self,)
+
+    @property
     def encoder(self) -> Any:
         """The part that reduces what enters the decoder, an `EncoderSparsifier`, or None."""
         return None
@@ -117,6 +122,7 @@ class EncoderSparsifier(Sparsifier):
     Attributes:
         keeps_cls: whether the first of its tokens is CLS itself, where there is one.
         needs_cls: whether a tower without CLS cannot serve it; with `needs_attention` it gets what patches receive.
+        needs_grid: whether it reads `VisionFeatures.grid`, in which merged tokens have no place.
     """
 
     kind: ClassVar[str] = "encoder"
@@ -124,10 +130,21 @@ class EncoderSparsifier(Sparsifier):
     unit: ClassVar[str] = "tile"
     keeps_cls: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
 
     @property
     def encoder(self) -> Any:
         return self
+
+    @property
+    def inside(self) -> Any:
+        """The part that works in the tower, or None."""
+        return None if self.place == "projector" else self
+
+    @property
+    def behind(self) -> Any:
+        """The part that works behind the projector, or None."""
+        return self if self.place == "projector" else None
 
     @property
     def tokens(self) -> int:

@@ -61,11 +61,10 @@ def list_methods() -> list[str]:
 
 
 def method_classes(name: object) -> tuple[type[Sparsifier], ...]:
-    """The class of a method, or the two of a composition.
+    """The class of a method, or those of a composition.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known one, and for what is no encoder and then a decoder
-            method.
+        ValueError: for an unknown name, with the nearest known one, and for methods that do not go together.
     """
     parts: list[Any] = name.split(JOIN) if isinstance(name, str) else [None]
     known = ", ".join(list_methods())
@@ -76,13 +75,26 @@ def method_classes(name: object) -> tuple[type[Sparsifier], ...]:
                 f"None, got {shown(name)}{nearest(part or name, list_methods())}."
             )
     classes = tuple(METHODS[part] for part in parts)
-    if len(classes) > 1 and [cls.kind for cls in classes] != ["encoder", "decoder"]:
-        of = {kind: ", ".join(n for n in list_methods() if METHODS[n].kind == kind) for kind in ("encoder", "decoder")}
+    encoders = classes[:-1] if classes[-1].kind == "decoder" else classes
+    chained = len(encoders) == 2 and encoders[0].place == "layers" and _takes_merged(encoders[1])
+    if len(classes) > 1 and not chained and [cls.kind for cls in classes] != ["encoder", "decoder"]:
+        found: dict[Any, list[str]] = {True: [], "encoder": [], "decoder": [], "layers": []}
+        for known_name in list_methods():
+            cls = METHODS[known_name]
+            for key in {cls.kind, cls.place, _takes_merged(cls)} & set(found):
+                found[key].append(known_name)
+        of = {key: ", ".join(names) for key, names in found.items()}
         raise ValueError(
             f"`sparse_method`={shown(name)}: an encoder method, then a decoder method, is allowed: one of "
-            f"{of['encoder']}, then one of {of['decoder']}."
+            f"{of['encoder']}, then one of {of['decoder']}. Behind {of['layers']}, which merges patches inside the "
+            f"tower's layers, there may first be one that asks for no grid of patches and no attention: {of[True]}."
         )
     return classes
+
+
+def _takes_merged(cls: Any) -> bool:
+    """Whether a method may choose from tokens that one inside the tower's layers has made of the patches."""
+    return cls.place == "projector" and not (cls.needs_grid or cls.needs_attention or cls.needs_cls)
 
 
 def resolve(settings: Sparsity, geometry: Geometry) -> Sparsifier | None:
@@ -96,7 +108,7 @@ def resolve(settings: Sparsity, geometry: Geometry) -> Sparsifier | None:
         return None
     classes = method_classes(settings.method)
     own = settings.at_most(geometry.tokens) if geometry.dynamic else settings
-    if len(classes) == 2:
+    if len(classes) > 1:
         method: Sparsifier = compose(classes, geometry, own)
     else:
         method = classes[0].resolve(*for_part(classes[0], geometry, own))
@@ -125,13 +137,14 @@ def entering(settings: Sparsity, patches: int, at_most: bool = False, **sizes: A
     if len(classes) == 1:
         if settings.layers is not None:
             check_counts("sparse_layers", settings.layers, -DEEPEST, DEEPEST)
-        tokens = entering_of(classes[0], geometry, settings)
+        tokens = entering_of(classes, geometry, [settings])
     else:
-        first, second = shared_out(settings, geometry.tokens)
-        tokens = entering_of(classes[0], geometry, first)
+        parts = shared_out(settings, geometry.tokens)
+        last, own = classes[-1], parts[-1]
+        tokens = entering_of([cls for cls in classes if cls.kind == "encoder"], geometry, parts)
         # Processors that older versions saved hold the encoder method's budget alone.
-        if second.budget is not None or second.budgets is not None:
-            classes[1].entering(geometry.tokens if tokens is None else tokens, second)
+        if last.kind == "decoder" and (own.budget is not None or own.budgets is not None):
+            last.entering(geometry.tokens if tokens is None else tokens, own)
     if tokens is not None and settings.budget is not None and settings.budgets is not None:
         meant = entering(replace(settings, budgets=None), patches, **sizes)
         if meant != tokens:
@@ -202,7 +215,7 @@ def _check_declarations(cls: Any) -> None:
         "place": ("tower", "projector", "layers") if base is EncoderSparsifier else ("decoder",),
         "unit": ("tile", "picture"),
         **dict.fromkeys(("looks_at_question", "needs_attention", "draws"), (True, False)),
-        **({} if base is EncoderSparsifier else {"before_layer": (True, False)}),
+        **dict.fromkeys(("needs_cls", "needs_grid") if base is EncoderSparsifier else ("before_layer",), (True, False)),
     }
     for attribute, values in allowed.items():
         value = getattr(cls, attribute)

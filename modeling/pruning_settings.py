@@ -242,15 +242,17 @@ class Sparsity:
     """Which method prunes, and how: the five `sparse_*` fields of a configuration as one value.
 
     Attributes:
-        method: a name of `list_methods()`, an encoder and a decoder method joined by "+", or None for the dense model.
+        method: a name of `list_methods()`, several joined by "+", or None for the dense model.
         budget: visual tokens retained per image, as the papers' tables count; a float is a ratio of the patches.
         layers: the layers at which the method acts.
         budgets: tokens per stage and image.
         options: the method's own options.
 
-    Of a composition `budget`, `layers` and `budgets` are lists of two, the encoder method's first (None where it takes
-    its own), or dicts by name; `options` is a dict by name, in which the other three may stand too. A single budget b
-    is the decoder method's, and the encoder method hands over 2 b, at most all.
+    A composition has up to one method of each place, in their order: inside the tower's layers, behind the projector,
+    in the decoder; a method on the output of the tower stands in for the first two. Its `budget`, `layers` and
+    `budgets` are lists with an entry for each (None where it takes its own), or dicts by name; `options` is a dict by
+    name, in which the other three may stand too. A single budget b is the last method's; the one in front of it hands
+    over 2 b, and one in front of that 4 b, at most all. A ratio of one method alone is of the tokens that it is handed.
     """
 
     method: str | None = None
@@ -279,16 +281,16 @@ class Sparsity:
             if self.method is None and value is not None:
                 raise ValueError(f"`{name}`={shown(value)} needs `sparse_method`: name a method too.")
 
-    def parts(self) -> tuple[Sparsity, Sparsity]:
-        """The settings of the two methods of a composition, but for a single budget, which belongs to both.
+    def parts(self) -> list[Sparsity]:
+        """The settings of the methods of a composition, but for a single budget, which belongs to all.
 
         Raises:
-            ValueError: for settings that are not for two.
+            ValueError: for settings that are not for so many.
         """
         names = str(self.method).split(JOIN)
         if self.options is not None and (not isinstance(self.options, Mapping) or set(self.options) - set(names)):
             raise ValueError(
-                f"`sparse_options` must be a dict by name, {names[0]!r} and {names[1]!r}, got {shown(self.options)}."
+                f"`sparse_options` must be a dict by name, {' and '.join(map(repr, names))}, got {shown(self.options)}."
             )
         settings: list[dict[str, Any]] = []
         for part in names:
@@ -298,10 +300,9 @@ class Sparsity:
             own = dict(own or {})
             settings.append({s: own.pop(s, None) for s in NAMES[1:4]} | {"options": own or None})
         for name in NAMES[1:4]:
-            for values, value in zip(settings, _for_both(name, getattr(self, name), names), strict=True):
+            for values, value in zip(settings, _for_each(name, getattr(self, name), names), strict=True):
                 values[name] = value if values[name] is None else values[name]
-        first, second = (Sparsity(part, **values) for part, values in zip(names, settings, strict=True))
-        return first, second
+        return [Sparsity(part, **values) for part, values in zip(names, settings, strict=True)]
 
     def at_most(self, tokens: int) -> Sparsity:
         """The settings for an item that has so many tokens: what asks for more asks for all of them."""
@@ -317,23 +318,24 @@ class Sparsity:
 
     @property
     def shares_budget(self) -> bool:
-        """Whether a composition has one budget, of which its encoder method takes twice as much."""
+        """Whether a composition has one budget, of which each method takes twice as much as the one behind it."""
         return isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
 
 
-def _for_both(name: str, value: Any, names: Sequence[str]) -> Sequence[Any]:
-    """A setting's values for the two methods of a composition."""
+def _for_each(name: str, value: Any, names: Sequence[str]) -> Sequence[Any]:
+    """A setting's values for the methods of a composition."""
     if value is None:
-        return None, None
+        return [None] * len(names)
     if isinstance(value, Mapping) and not set(value) - set(names):
         return [value.get(part) for part in names]
-    two = isinstance(value, list | tuple) and len(value) == 2
-    if two and (name == "budget" or all(v is None or isinstance(v, list | tuple) for v in value)):
+    fits = isinstance(value, list | tuple) and len(value) == len(names)
+    if fits and (name == "budget" or all(v is None or isinstance(v, list | tuple) for v in value)):
         return value
     if name == "budget" and isinstance(value, int | float) and not isinstance(value, bool):
-        return None, None
-    kind = "numbers" if name == "budget" else "lists"
+        return [None] * len(names)
+    kind, count = "numbers" if name == "budget" else "lists", {2: "two", 3: "three"}[len(names)]
+    whose = "'s, ".join(names)
     raise ValueError(
-        f"`sparse_{name}` must, for {JOIN.join(names)}, be two {kind}, [{names[0]}'s, {names[1]}'s], or a dict by "
-        f"name, got {shown(value)}."
+        f"`sparse_{name}` must, for {JOIN.join(names)}, be {count} {kind}, [{whose}'s], or a dict by name, got "
+        f"{shown(value)}."
     )

@@ -50,11 +50,13 @@ class Selection:
     """One reduction stage of one forward pass.
 
     Visual tokens are numbered over the original patch grid: 0-based, without CLS, image *i* of a prompt adding
-    the patches of the images before it; merged tokens are numbered on from the prompt's total of patches. (Where a
-    model feeds CLS to its decoder, `vision_feature_select_strategy="full"`, decoder methods count it as token 0 of its
-    image. Of a video, CLS is token 0 of each frame, for all methods, and its patches follow: P patches a frame make
-    1 + P numbers. Of a picture in tiles, methods that choose tile by tile number on from tile to tile; others number
-    what the dense model gives the decoder, in its order, newlines included.)
+    the patches of the images before it; merged tokens are numbered on from the prompt's total of patches. A method
+    inside the tower's layers and one behind the projector are one stage: `kept` are patches that are left as they were;
+    a token that the first has merged and the second kept is a merged token, and a patch has the score of the token that
+    it was merged into. (Where a model feeds CLS to its decoder, `vision_feature_select_strategy="full"`, decoder
+    methods count it as token 0 of its image. Of a video, CLS is token 0 of each frame, for all methods, and its patches
+    follow: P patches a frame make 1 + P numbers. Of a picture in tiles, methods that choose tile by tile number on from
+    tile to tile; others number what the dense model gives the decoder, in its order, newlines included.)
 
     Attributes:
         layer: the encoder or decoder layer (0-based) whose output was reduced.
@@ -131,6 +133,8 @@ class VisionFeatures(_Rows):
             they are compared with queries, rotated.
         projected: `(items, N, channels)` output of the projector, for a method behind it.
         sources: `(items, N)` int64, the token of `features` that each patch went into, for a method in the layers.
+        before: for a method behind one in the layers, what that has made of the patches; `features` and `projected` are
+            of its tokens then, and `grid` is `(1, N)`.
         fingerprints: `(items,)` int64 that identify the pictures, for a method that draws from them.
         question: for a method that looks at the question.
     """
@@ -144,10 +148,18 @@ class VisionFeatures(_Rows):
     sources: Tensor | None = None
     fingerprints: Tensor | None = None
     question: Question | None = None
+    before: VisualTokens | None = None
 
     @property
     def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return self.grid[0] * self.grid[1] if self.before is None else self.before.patches
+
+    @property
+    def token_sizes(self) -> Tensor | None:
+        """`(items, N)` float, how many patches each token stands for; None for one."""
+        if self.before is None:
+            return None
+        return self.before.token_sizes if self.before.token_sizes is not None else self.before.members
 
     def joined(self, frames: int) -> VisionFeatures:
         """Every `frames` items as one, without a grid and without a CLS of its own."""
@@ -200,6 +212,55 @@ class VisualTokens(_Rows):
     def places(self) -> Tensor:
         """`(items, k)` int64, the patches at whose positions the tokens stand."""
         return self.patch_index if self.anchors is None else self.anchors
+
+    @property
+    def owners(self) -> Tensor:
+        """`(items, N)` int64, which token each patch is, or went into; -1 for none."""
+        patches, count = self.patches, self.patch_index.shape[1]
+        tokens = torch.arange(count, device=self.patch_index.device).expand_as(self.patch_index)
+        # The last place takes what stands for no patch.
+        of = tokens.new_full((len(tokens), patches + count + 1), -1)
+        of = of.scatter(1, self.patch_index % of.shape[1], tokens)
+        own = torch.arange(patches, device=tokens.device).expand_as(self.scores)
+        return of.gather(1, own if self.merged is None else torch.where(self.merged < 0, own, patches + self.merged))
+
+    @property
+    def members(self) -> Tensor:
+        """`(items, k)` float, how many patches each token is, or was made of."""
+        owners = self.owners
+        sizes = self.scores.new_zeros(len(owners), self.patch_index.shape[1] + 1)
+        return sizes.scatter_add(1, owners % sizes.shape[1], torch.ones_like(self.scores))[:, :-1]
+
+    def behind(self, first: VisualTokens) -> VisualTokens:
+        """The same tokens numbered by patches, where they were chosen from, or made of, what `first` made of these.
+
+        A patch goes where the token goes that `first` made it part of: one that was merged twice, or whose merged token
+        was kept, is in `merged`, as if that had been one step; its score is that of the token it was part of.
+        """
+        owners, goes = first.owners, self.owners
+        there, count = owners >= 0, self.patch_index.shape[1]
+
+        def of_patches(x: Tensor, none: Tensor) -> Tensor:
+            """What there is of each of the tokens of `first`, `(items, tokens)`, for each patch."""
+            return torch.where(there, x.gather(1, owners.clamp(min=0)), none)
+
+        token = of_patches(goes, goes.new_tensor(-1))
+        own = first.patch_index.gather(1, self.patch_index.clamp(0, first.patch_index.shape[1] - 1))
+        # New are those that this method has made, and those of the other that stay.
+        new = (self.patch_index >= self.patches) | (own >= first.patches)
+        number = new.cumsum(-1) - 1
+        is_new = (token >= 0) & new.gather(1, token.clamp(min=0))
+        sizes = self.token_sizes
+        if sizes is None and first.token_sizes is not None:
+            sizes = first.token_sizes.new_zeros(len(new), count + 1)
+            sizes = sizes.scatter_add(1, goes % (count + 1), first.token_sizes)[:, :-1]
+        return VisualTokens(
+            self.features,
+            torch.where(new, first.patches + number, torch.where(self.patch_index < 0, -1, own)),
+            of_patches(self.scores, self.scores.amin(1, keepdim=True)),
+            torch.where(is_new, number.gather(1, token.clamp(min=0)), -1),
+            sizes,
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[VisualTokens]) -> VisualTokens:
@@ -276,10 +337,11 @@ class RaterAttention:
 
 
 def concatenated(parts: Sequence[Any]) -> Any:
-    """Several `VisionFeatures` of one size as one; a question that one of them lacks must be lacking in all."""
+    """Several `VisionFeatures` of one size as one; what one of them lacks must be lacking in all."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
     names = [f.name for f in fields(first)]
     values = {name: [getattr(part, name) for part in parts] for name in names}
-    return replace(first, **{name: torch.cat(x) for name, x in values.items() if torch.is_tensor(x[0])})
+    joined = {name: torch.cat(x) for name, x in values.items() if torch.is_tensor(x[0])}
+    return replace(first, **joined, **{name: concatenated(x) for name, x in values.items() if isinstance(x[0], _Rows)})

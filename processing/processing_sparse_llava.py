@@ -180,5 +180,6 @@ def _clip(method: Any, options: Any) -> str | None:
     """The CLIP model that a method's options name."""
     own = options if isinstance(options, dict) else {}
     if isinstance(method, str) and JOIN in method:
-        own = own.get(method.partition(JOIN)[0]) or own
+        by_name = [own.get(part) for part in method.split(JOIN)]
+        own = next((part for part in by_name if isinstance(part, dict) and part.get("clip")), own)
     return own.get("clip") if isinstance(own, dict) else None

@@ -94,5 +94,13 @@ CASES = [
         # 8 of 12 kept, 2 recycled into 1; 5 of 9 kept, 2 into 1; 2 of 6 kept, 2 into 1.
         lengths=[12, 9, 9, 6, 3, 3],
     ),
+    Case("tome+delegate", "tome+delegate", {"budget": 4}, lengths=[4] * 6, slow=True),
+    Case(
+        "tome+divprune+fastv",
+        "tome+divprune+fastv",
+        {"budget": [8, 6, None], "layers": [None, None, [1]], "budgets": [None, None, [3]]},
+        lengths=[6, 6, 3, 3, 3, 3],
+        slow=True,
+    ),
     Case("random_decoder", "random_decoder", {"layers": [1, 3], "budgets": [6, 3]}, [16, 16, 6, 6, 3, 3], slow=True),
 ]

@@ -50,6 +50,7 @@ TEXTS = [
 FAST = ("visionzip", "cdpruner", "divprune", "delegate", "sparsevlm", "visionzip+sparsevlm")
 METHODS = (
     *FAST, "vispruner", "scope", "tome", "random", "eadp", "fastv", "pyramiddrop", "random_decoder", "divprune+fastv",
+    "tome+delegate",
 )  # fmt: skip
 
 
@@ -242,7 +243,7 @@ def onevision_processor(**settings: Any) -> Any:
 
 
 TOWER = {name: "works in a CLIP vision tower" for name in METHODS if "visionzip" in name}
-TOWER |= dict.fromkeys(("vispruner", "scope", "tome", "random"), "works in a CLIP vision tower")
+TOWER |= dict.fromkeys(("vispruner", "scope", "tome", "random", "tome+delegate"), "works in a CLIP vision tower")
 LLAVA_ONEVISION = Family(
     name="llava_onevision",
     make=onevision_model,
@@ -356,6 +357,7 @@ VIDEO_LLAVA = Family(
     texts=[*TEXTS, "USER: <image> Is <video> a dog ? ASSISTANT:", "USER: <video> What tree ? ASSISTANT:"],
     dense_at_all=("divprune", "eadp", "fastv", "pyramiddrop", "scope", "random", "cdpruner"),
     saves_processor=False,
+    refused={"tome+delegate": "each frame keeps its CLS beside what tome leaves"},
 )
 
 # --- Mini-Gemini -------------------------------------------------------------------------------------------------
@@ -423,7 +425,7 @@ def qwen(name: str, prefix: str) -> Family:
         shortens=False,
         saves_processor=False,
         slow=True,
-        refused=dict.fromkeys(("tome", "scope", "vispruner"), needs_cls),
+        refused=dict.fromkeys(("tome", "scope", "vispruner", "tome+delegate"), needs_cls),
     )
 
 

@@ -67,7 +67,7 @@ def prefill_flops(model: Any, lengths: Sequence[int]) -> dict[str, float]:
     tower = [patches + 1] * (used + 1)
     if encoder is not None:
         selection = encoder.flops(patches, vision.hidden_size, config.text_config.hidden_size)
-        projected = patches if encoder.place == "projector" else encoder.tokens
+        projected = patches if encoder.inside is None else encoder.inside.tokens
         tower = encoder.tower_tokens(used, depth, patches)
     return {
         "vision tower": vision_flops(vision, tower),

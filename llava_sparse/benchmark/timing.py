@@ -132,7 +132,8 @@ def _selecting(sparsifier: Any) -> list[tuple[Any, str]]:
         return []
     found: list[tuple[Any, str]] = [(RowTap, "take")]
     if sparsifier.encoder is not None:
-        found += [(modeling_sparse_clip, "row_probabilities"), (type(sparsifier.encoder), "reduce")]
+        found += [(modeling_sparse_clip, "row_probabilities")]
+        found += [(type(part), "reduce") for part in sparsifier.encoder.parts]
         found += [(method_tome, "bipartite_matching"), (method_tome, "merge")]
     if sparsifier.decoder is not None:
         found += [(pruning_decoder, "open_prompt"), (pruning_decoder.DecoderRun, "_prune")]

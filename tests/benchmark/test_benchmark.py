@@ -121,6 +121,11 @@ def wide():
         ("pyramiddrop", {"layers": [2, 4], "budgets": [60, 20]}),
         ("scope", {"budget": 20}),
         ("tome", {"budget": 20}),
+        ("tome+divprune", {"budget": 20}),
+        (
+            "tome+divprune+sparsevlm",
+            {"budget": [80, 60, None], "budgets": [None, None, [40, 20]], "layers": [None, None, [1, 3]]},
+        ),
         ("divprune+sparsevlm", {"budgets": [[80], [60, 20]], "layers": [None, [1, 3]]}),
         ("random_decoder", {"layers": [1], "budgets": [20]}),
     ],
