@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .pruning_methods import EncoderSparsifier
-from .pruning_ops import autocast_disabled, to_float
+from .pruning_ops import autocast_disabled, rows_at, to_float
 from .pruning_registry import register_method
 from .pruning_settings import Sparsity, check_budget, check_counts, check_options, option, shown
 from .pruning_types import Geometry, VisionFeatures, VisualTokens
@@ -64,9 +64,18 @@ def merge(x: Tensor, size: Tensor, places: Tensor, count: int) -> tuple[Tensor, 
     Returns:
         tokens `(images, count, channels)` and their sizes `(images, count)`.
     """
-    member = (places[:, None] == torch.arange(count, device=x.device)[:, None]).to(size.dtype)
-    total = (member @ size[..., None]).squeeze(-1)
-    return ((member * size[:, None]) @ to_float(x) / total[..., None]).to(x.dtype), total
+    order = places.argsort(dim=-1, stable=True)
+    place = places.gather(1, order)
+    again = nn.functional.pad(place[:, 1:] == place[:, :-1], (1, 0))
+    order = order.gather(1, again.int().argsort(dim=-1, stable=True))
+    # One token of each place, in their order; only the others are summed, as a product of matrices: deterministic.
+    first, others = order[:, :count], order[:, count:]
+    weight = size.gather(1, others)
+    into = places.gather(1, others)[:, None] == torch.arange(count, device=x.device)[:, None]
+    member, own = into.to(size.dtype) * weight[:, None], size.gather(1, first)
+    total = own + member.sum(-1)
+    merged = own[..., None] * to_float(rows_at(x, first)) + member @ to_float(rows_at(x, others))
+    return (merged / total[..., None]).to(x.dtype), total
 
 
 def merge_schedule(tokens: int, budget: int, layers: int) -> list[int]:
@@ -172,9 +181,9 @@ class ToMe(EncoderSparsifier):
         return self.last_layer
 
     def flops(self, patches: int, width: int, channels: int) -> float:
-        # Similarities of half the tokens with the other half (in the width of one head, left out), and the sums.
+        # The sums; similarities of half the tokens with the other half, in the width of one head, are left out.
         before = [patches, *self.budgets[:-1]]
-        pairs = ((n + 1) * (left + 1) for n, left in zip(before, self.budgets, strict=True) if left < n)
+        pairs = ((n - left) * (left + 1) for n, left in zip(before, self.budgets, strict=True))
         return 2.0 * width * sum(pairs)
 
     def removed(self, layer: int, depth: int, patches: int) -> int:
