@@ -7,184 +7,48 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .families import FAMILIES as KNOWN
+from .modeling.configuration_sparse_llava import geometry_of
 from .modeling.pruning_registry import METHODS, entering
 from .modeling.pruning_settings import Sparsity
+from .published import MODELS
 
-BUDGETS = (64, 128, 192)
-RECIPES = (
+ALL = (
     "cdpruner", "delegate", "divprune", "fastv", "pool", "pyramiddrop", "random", "random_decoder", "scope",
     "sparsevlm", "tome", "uniform", "visionzip", "vispruner",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Family:
-    """A published model whose weights the recipes are for.
-
-    Attributes:
-        title: as papers call it; checkpoint: on the Hub; patches: of a picture, a tile, or a frame.
-        config, processor: what config.json and processor_config.json hold besides the settings; a processor that needs
-            more files than that is None.
-        budgets: of each method that there is a recipe for; sizes: further ones of `Geometry`.
-    """
-
-    title: str
-    checkpoint: str
-    patches: int
-    config: dict[str, Any]
-    processor: dict[str, Any] | None
-    budgets: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict.fromkeys(RECIPES, BUDGETS))
-    sizes: dict[str, int] = field(default_factory=dict)
-
-
-LLAMA_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 4096,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "rms_norm_eps": 1e-05,
-}
-CLIP_LARGE = {
-    "hidden_size": 1024,
-    "image_size": 336,
-    "intermediate_size": 4096,
-    "model_type": "clip_vision_model",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 24,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
-IMAGES = {
-    "crop_size": {"height": 336, "width": 336},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_processor_type": "CLIPImageProcessor",
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "rescale_factor": 0.00392156862745098,
-    "size": {"shortest_edge": 336},
+FOUR = ("delegate", "divprune", "sparsevlm", "visionzip")
+FIVE = ("cdpruner", *FOUR)
+# Of each model what its papers keep of a picture, or of a video. VisionZip's of Qwen2.5-VL are ratios, as all are where
+# no paper says any; LLaVA-OneVision and LLaVA-NeXT-Video are two of these. VisionZip works in neither: SigLIP has no
+# CLS, and LLaVA-NeXT-Video pools frames behind the tower.
+BUDGETS: dict[str, dict[str, tuple[float, ...]]] = {
+    "llava-1.5-7b": dict.fromkeys(ALL, (64, 128, 192)),
+    "llava-1.5-13b": dict.fromkeys(FOUR, (64, 128, 192)),
+    "llava-next-7b": dict.fromkeys(FOUR, (160, 320, 640)),
+    "llava-next-mistral-7b": dict.fromkeys(FOUR, (160, 320, 640)),
+    "llava-next-video-7b": dict.fromkeys(FOUR[:3], (0.1, 0.25)),
+    "llava-onevision-qwen2-7b": dict.fromkeys(FOUR[:3], (0.1, 0.25)),
+    # SparseVLM 194, VisionZip 136 of 2,048; the others for comparison.
+    "video-llava-7b": dict.fromkeys((*FIVE, "fastv"), (194,)) | {"visionzip": (136, 194)},
+    "mgm-7b": dict.fromkeys(FIVE, (64, 128, 192)),
+    "mgm-7b-hd": dict.fromkeys(FIVE, (160, 320, 640)),
+    "qwen2-vl-7b": dict.fromkeys(FOUR, (0.5, 0.7)),
+    "qwen2.5-vl-7b": dict.fromkeys(FOUR, (0.5, 0.7)),
+    "qwen3-vl-8b": dict.fromkeys(FOUR, (0.5, 0.7)),
 }
 
-
-def gemini(title: str, checkpoint: str, grid: int, budgets: tuple[int, ...]) -> Family:
-    """A Mini-Gemini, of a picture as it is or, HD, in tiles."""
-    aux = {"image_global": grid > 1, "image_grid": grid, "image_size_aux": 768 * grid}
-    return Family(
-        title=title,
-        checkpoint=checkpoint,
-        patches=576,
-        sizes={"tiles": grid**2 + (grid > 1)},
-        budgets=dict.fromkeys(("visionzip", "sparsevlm", "cdpruner", "divprune", "delegate"), budgets),
-        config=aux
-        | {
-            "architectures": ["SparseMiniGeminiForConditionalGeneration"],
-            "aux_depths": [3, 3, 27, 3],
-            "aux_hidden_sizes": [192, 384, 768, 1536],
-            "dtype": "bfloat16",
-            "image_token_index": 32000,
-            "model_type": "sparse_mini_gemini",
-            "text_config": LLAMA_7B | {"vocab_size": 32000},
-            "tie_word_embeddings": False,
-            "vision_config": CLIP_LARGE,
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-        },
-        processor=aux
-        | {
-            "image_processor": IMAGES,
-            "image_token": "<image>",
-            "num_additional_image_tokens": 1,
-            "patch_size": 14,
-            "processor_class": "SparseMiniGeminiProcessor",
-            "vision_feature_select_strategy": "default",
-        },
-    )
-
-
-FAMILIES = {
-    "llava-1.5-7b": Family(
-        title="LLaVA-1.5-7B",
-        checkpoint="llava-hf/llava-1.5-7b-hf",
-        patches=576,
-        config={
-            "architectures": ["SparseLlavaForConditionalGeneration"],
-            "dtype": "float16",
-            "image_seq_length": 576,
-            "image_token_index": 32000,
-            "model_type": "sparse_llava",
-            "multimodal_projector_bias": True,
-            "pad_token_id": 32001,
-            "projector_hidden_act": "gelu",
-            "text_config": LLAMA_7B | {"vocab_size": 32064},
-            "tie_word_embeddings": False,
-            "vision_config": CLIP_LARGE,
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-        },
-        processor={
-            "image_processor": IMAGES,
-            "image_token": "<image>",
-            "num_additional_image_tokens": 1,
-            "patch_size": 14,
-            "processor_class": "SparseLlavaProcessor",
-            "vision_feature_select_strategy": "default",
-        },
-    ),
-    "video-llava-7b": Family(
-        title="Video-LLaVA-7B",
-        checkpoint="LanguageBind/Video-LLaVA-7B-hf",
-        patches=256,
-        sizes={"frames": 8},
-        # What the papers keep of 2,048 tokens: SparseVLM 194, VisionZip 136; the others for comparison.
-        budgets={
-            "sparsevlm": (194,),
-            "visionzip": (136, 194),
-            "cdpruner": (194,),
-            "divprune": (194,),
-            "delegate": (194,),
-            "fastv": (194,),
-        },
-        config={
-            "architectures": ["SparseVideoLlavaForConditionalGeneration"],
-            "dtype": "float16",
-            "image_seq_length": 256,
-            "image_token_index": 32000,
-            "model_type": "sparse_video_llava",
-            "multimodal_projector_bias": True,
-            "pad_token_id": 32002,
-            "projector_hidden_act": "gelu",
-            "text_config": LLAMA_7B | {"vocab_size": 32064},
-            "tie_word_embeddings": False,
-            "video_seq_length": 2056,
-            "video_token_index": 32001,
-            "vision_config": CLIP_LARGE | {"image_size": 224},
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-        },
-        processor=None,
-    ),
-    "mgm-7b": gemini("MGM-7B", "YanweiLi/MGM-7B", grid=1, budgets=BUDGETS),
-    "mgm-7b-hd": gemini("MGM-7B-HD", "YanweiLi/MGM-7B-HD", grid=2, budgets=(160, 320, 640)),
-}
+# What VisionZip's papers call ratios, [dominant, contextual].
+SPLIT = {0.5: [0.45, 0.05], 0.7: [0.65, 0.05]}
 
 CARD = """---
 library_name: transformers
 base_model: {checkpoint}
 tags: [llava-sparse, {method}]
 ---
-# {title} with {method} at {budget} visual tokens
+# {title} with {method} at {amount}
 
 The method {summary}. {stages} No training; the weights are those of `{checkpoint}`.
 
@@ -196,57 +60,84 @@ config = AutoConfig.from_pretrained("hub_configs/{name}")
 model = AutoModelForImageTextToText.from_pretrained("{checkpoint}", config=config)
 ```
 
-is the same as `from_pretrained("{checkpoint}", sparse_method="{method}", sparse_budget={budget})`.
+is the same as `from_pretrained("{checkpoint}", sparse_method="{method}", {given})`.
 {placeholders}
 
 Method: {paper}. This recipe states settings, not measurements.
 """
 
 
-def recipe(family: str, method: str, budget: int) -> dict[str, str]:
+def settings_of(method: str, budget: float) -> dict[str, Any]:
+    """The `sparse_*` settings of a recipe."""
+    if method == "visionzip" and budget in SPLIT:
+        return {"sparse_method": method, "sparse_budgets": SPLIT[budget]}
+    return {"sparse_method": method, "sparse_budget": budget}
+
+
+def recipe(name: str, method: str, budget: float) -> dict[str, str]:
     """The files of a recipe, by name.
 
     Args:
-        family: a key of `FAMILIES`; method: a name of `list_methods()`; budget: visual tokens.
+        name: a key of `MODELS`; method: a name of `list_methods()`; budget: visual tokens, or a ratio of them.
     """
-    of, cls = FAMILIES[family], METHODS[method]
-    settings = {"sparse_method": method, "sparse_budget": budget}
-    config = KNOWN[of.config["model_type"].removeprefix("sparse_")].sparse("Config").from_dict(of.config, **settings)
-    tokens = entering(Sparsity.read(settings), of.patches, **of.sizes)
-    layers, budgets = config.sparse_layers, config.sparse_budgets
-    where = "encoder" if tokens is not None else "decoder"
-    kept = "as many tokens as the data says" if budgets is None else f"tokens {budgets}"
-    stages = f"Layers {layers} of the {where}, {kept}" if len(layers) < 5 else f"Layers of the {where}: all"
-    if tokens is None:
-        placeholders = "Image placeholders are those of the dense model: any processor of the model works."
-    else:
-        what = "video" if "frames" in of.sizes else "image"
-        placeholders = f"The processor writes {tokens} {what} placeholders; a stock processor works too."
-    paper = re.sub(r"\(arXiv ([\d.]+)\)", r"(arXiv [\1](https://arxiv.org/abs/\1))", cls.paper)
+    of, cls = MODELS[name], METHODS[method]
+    settings = settings_of(method, budget)
+    config = of.family.sparse("Config").from_dict(of.config, **settings)
+    geometry = geometry_of(config)
+    tokens = None
+    # Of pictures of any size, or in so many tiles as fit, it depends on the picture.
+    if of.processor is not None or geometry.frames is not None:
+        tokens = entering(Sparsity.read(settings), geometry.patches, tiles=geometry.tiles, frames=geometry.frames)
     card = CARD.format(
         checkpoint=of.checkpoint,
         title=of.title,
         method=method,
-        budget=budget,
+        amount=f"{budget} visual tokens" if isinstance(budget, int) else f"{100 * budget:.0f} % of the visual tokens",
         summary=cls.summary,
-        stages=f"{stages}.",
-        name=f"{family}-{method}-{budget}",
-        placeholders=placeholders,
-        paper=paper,
+        stages=_stages(cls, config, geometry, of.processor is not None),
+        name=f"{name}-{method}-{budget}",
+        given=", ".join(f"{key}={value}" for key, value in settings.items() if key != "sparse_method"),
+        placeholders=_placeholders(cls, of, geometry, tokens),
+        paper=re.sub(r"\(arXiv ([\d.]+)\)", r"(arXiv [\1](https://arxiv.org/abs/\1))", cls.paper),
     )
-    counted = {} if tokens is None else {"sparse_tokens": tokens}
     files = {"config.json": of.config | settings}
     if of.processor is not None:
-        files["processor_config.json"] = of.processor | settings | counted
-    return {"README.md": card} | {name: json.dumps(x, indent=2, sort_keys=True) + "\n" for name, x in files.items()}
+        files["processor_config.json"] = of.processor | settings | ({} if tokens is None else {"sparse_tokens": tokens})
+    return {"README.md": card} | {file: json.dumps(x, indent=2, sort_keys=True) + "\n" for file, x in files.items()}
+
+
+def _stages(cls: Any, config: Any, geometry: Any, alike: bool) -> str:
+    """Where a method acts, and what it keeps there; `alike` are pictures that all have as many tokens."""
+    layers, budgets = config.sparse_layers, config.sparse_budgets
+    if len(layers) >= 5:
+        return "Layers of the encoder: all."
+    kept = "as many tokens as the data says" if budgets is None else f"tokens {budgets}"
+    if geometry.dynamic:
+        kept += f" of a picture of {geometry.patches}"
+    elif geometry.tiles > 1 and cls.kind == "encoder" and cls.unit == "tile":
+        kept += " of a tile"
+    elif geometry.tiles > 1 and not alike:
+        kept += " of the largest picture"
+    received = "This tower has no CLS: the attention that a patch receives takes its place."
+    told = f" {received}" if cls.kind == "encoder" and cls.needs_attention and not geometry.has_cls else ""
+    return f"Layers {layers} of the {cls.kind}, {kept}.{told}"
+
+
+def _placeholders(cls: Any, of: Any, geometry: Any, tokens: int | None) -> str:
+    if tokens is not None:
+        what = "image" if geometry.frames is None else "video"
+        return f"The processor writes {tokens} {what} placeholders; a stock processor works too."
+    if cls.kind == "encoder" and not geometry.dynamic:
+        return "Any processor of the model works, stock or sparse."
+    return "Image placeholders are those of the dense model: any processor of the model works."
 
 
 def recipes() -> Iterator[tuple[str, dict[str, str]]]:
     """All of them: the name of each folder, and its files."""
-    for family, of in FAMILIES.items():
-        for method, budgets in of.budgets.items():
+    for name, methods in BUDGETS.items():
+        for method, budgets in methods.items():
             for budget in budgets:
-                yield f"{family}-{method}-{budget}", recipe(family, method, budget)
+                yield f"{name}-{method}-{budget}", recipe(name, method, budget)
 
 
 def write(folder: Path) -> int:

@@ -45,7 +45,7 @@ def build_method(config: Any, settings: Sparsity) -> Sparsifier | None:
     settings = settings if published is None else published(settings)
     text = getattr(config, "text_config", None)
     vision = getattr(config, "vision_config", config)
-    geometry = getattr(config, "sparse_geometry", None) or _geometry(config)
+    geometry = geometry_of(config)
     classes = () if settings.method is None else method_classes(settings.method)
     given = settings.options if isinstance(settings.options, dict) else {}
     for part in classes:
@@ -69,8 +69,11 @@ def build_method(config: Any, settings: Sparsity) -> Sparsifier | None:
     return method
 
 
-def _geometry(config: Any) -> Geometry:
-    """The sizes of a model whose pictures are all alike."""
+def geometry_of(config: Any) -> Geometry:
+    """The sizes of a model that presets and checks depend on: its own, or those of pictures that are all alike."""
+    own: Geometry | None = getattr(config, "sparse_geometry", None)
+    if own is not None:
+        return own
     text, vision = getattr(config, "text_config", None), getattr(config, "vision_config", config)
     feature_layer = getattr(config, "vision_feature_layer", -2)
     layer = feature_layer if isinstance(feature_layer, int) else feature_layer[0]

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProce
 
 import llava_sparse
 from llava_sparse import SparseLlavaProcessor, recipes
-from llava_sparse.families import FAMILIES
+from llava_sparse.modeling.configuration_sparse_llava import geometry_of
 from llava_sparse.modeling.pruning_registry import METHODS
+from llava_sparse.published import MODELS
 
 ROOT = Path(__file__).parents[2]
 BUDGET = (
@@ -32,6 +33,7 @@ def processor_class(folder: Path):
 
 
 RECIPES = sorted(path.parent for path in (ROOT / "hub_configs").glob("*/config.json"))
+SOME = {folder.name.rsplit("-", 2)[0]: folder for folder in RECIPES}
 
 
 def test_recipes_are_what_their_command_writes(tmp_path):
@@ -46,10 +48,10 @@ def test_recipes_are_what_their_command_writes(tmp_path):
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", [f for f in RECIPES if (f / "processor_config.json").exists()], ids=lambda folder: folder.name
+)
 def test_processor_of_a_recipe_survives_load_and_save(folder, tmp_path):
-    if not (folder / "processor_config.json").exists():
-        pytest.skip("this recipe has no processor")
     tiny.processor().save_pretrained(tmp_path)
     shutil.copy(folder / "processor_config.json", tmp_path)
     processor_class(folder).from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
@@ -62,18 +64,21 @@ def test_processor_of_a_recipe_survives_load_and_save(folder, tmp_path):
 
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
 def test_recipe_loads_and_says_what_it_means(folder):
-    family, method, budget = folder.name.rsplit("-", 2)
+    name, method, budget = folder.name.rsplit("-", 2)
+    of, amount = MODELS[name], float(budget) if "." in budget else int(budget)
     config = AutoConfig.from_pretrained(folder)
-    known = FAMILIES[config.model_type.removeprefix("sparse_")]
-    assert type(config) is known.sparse("Config")
-    assert (config.sparse_method, config.sparse_budget) == (method, int(budget))
-    sizes = {name: getattr(config, name) for name in ("image_grid", "image_global") if hasattr(config, name)}
-    vision = {"vision_config": config.vision_config}
-    by_hand = known.sparse("Config")(sparse_method=method, sparse_budget=int(budget), **sizes, **vision)
+    assert type(config) is of.family.sparse("Config")
+    assert config.sparse_method == method
+    # VisionZip's papers write ratios as [dominant, contextual].
+    split = {0.5: [0.45, 0.05], 0.7: [0.65, 0.05]}.get(amount) if method == "visionzip" else None
+    given = {"sparse_budget": amount} if split is None else {"sparse_budgets": split}
+    assert config.to_dict().items() >= ({"sparse_budget": None, "sparse_budgets": None} | given).items()
+    # Of another folder of the same model: what belongs to the method alone differs.
+    by_hand = AutoConfig.from_pretrained(SOME[name], sparse_method=method, **given)
     assert (config.sparse_layers, config.sparse_budgets) == (by_hand.sparse_layers, by_hand.sparse_budgets)
-    assert config.text_config.num_hidden_layers == 32 and config.text_config.vocab_size in (32064, 32000)
     assert folder.name in (folder / "README.md").read_text()
-    if not (folder / "processor_config.json").exists():
+    if of.processor is None:
+        assert not (folder / "processor_config.json").exists()
         return
     processor = json.loads((folder / "processor_config.json").read_text())
     settings = {name: value for name, value in processor.items() if name.startswith("sparse_")}
@@ -81,11 +86,49 @@ def test_recipe_loads_and_says_what_it_means(folder):
     assert settings.pop("sparse_tokens", None) == tokens
     assert settings == {"sparse_method": method, "sparse_budget": int(budget)}
     pictures = CLIPImageProcessor(**processor.pop("image_processor"))
-    assert processor.pop("processor_class") == f"Sparse{known.prefix}Processor"
+    assert processor.pop("processor_class") == f"Sparse{of.family.prefix}Processor"
     ours = processor_class(folder)(pictures, tiny.tokenizer(), **processor)
     assert ours.sparse_tokens == tokens
     (count,) = ours._get_num_multimodal_tokens(image_sizes=[(336, 336)]).num_image_tokens
-    assert count == (tokens or recipes.FAMILIES[family].patches * recipes.FAMILIES[family].sizes.get("tiles", 1))
+    assert count == (tokens or 576 * (5 if "hd" in name else 1))
+
+
+SIZES = {  # parameters of the decoder and its head, in thousand millions, and visual tokens that presets are made for
+    "llava-1.5-7b": (6.74, 576),
+    "llava-1.5-13b": (13.02, 576),
+    "llava-next-7b": (6.74, 2880),
+    "llava-next-mistral-7b": (7.24, 2880),
+    "llava-next-video-7b": (6.74, 2880),
+    "llava-onevision-qwen2-7b": (7.61, 7290),
+    "video-llava-7b": (6.74, 2056),
+    "mgm-7b": (6.74, 576),
+    "mgm-7b-hd": (6.74, 2880),
+    "qwen2-vl-7b": (7.62, 576),
+    "qwen2.5-vl-7b": (7.62, 576),
+    "qwen3-vl-8b": (8.19, 576),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_have_the_published_sizes(name):
+    config = MODELS[name].family.sparse("Config").from_dict(MODELS[name].config)
+    text = config.text_config
+    width, inner, size = text.hidden_size, text.intermediate_size, getattr(text, "head_dim", None)
+    heads, keys = text.num_attention_heads, text.num_key_value_heads
+    size = size or width // heads
+    layer = 2 * width * size * (heads + keys) + 3 * width * inner
+    total = text.num_hidden_layers * layer + 2 * width * text.vocab_size
+    assert (round(total / 1e9, 2), geometry_of(config).tokens) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_family_refuses_has_no_recipe(name):
+    """And what it takes has one, but for LLaVA-NeXT-Video, whose videos, not pictures, VisionZip refuses."""
+    left_out = set(recipes.FOUR) - set(recipes.BUDGETS[name])
+    assert left_out == ({"visionzip"} if name in ("llava-onevision-qwen2-7b", "llava-next-video-7b") else set())
+    if name == "llava-onevision-qwen2-7b":
+        with pytest.raises(ValueError, match="works in a CLIP vision tower"):
+            recipes.recipe(name, "visionzip", 64)
 
 
 def test_a_configuration_object_loads_stock_weights(checkpoint, processor):
