@@ -17,7 +17,7 @@ from .auto import register
 from .families import FAMILIES
 from .modeling.configuration_sparse_llava import SparseCLIPVisionConfig
 from .modeling.pruning_registry import list_methods, register_method
-from .modeling.pruning_types import Selection
+from .modeling.pruning_types import Selection, TokenCounts
 
 __version__ = "0.1.0"
 NEWEST_TESTED = "5.24"
@@ -35,6 +35,7 @@ for _family in FAMILIES.values():
 __all__ = [
     "Selection",
     "SparseCLIPVisionConfig",
+    "TokenCounts",
     "__version__",
     "list_methods",
     "register",

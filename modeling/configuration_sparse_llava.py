@@ -201,6 +201,7 @@ class SparseFieldsMixin:
         "video_outputs",
         "columns",
         "selection",
+        "visual_tokens",
     ]
     _given: dict[str, Any]
 

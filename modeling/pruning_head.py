@@ -37,6 +37,7 @@ class SparseCausalLMOutput(LlavaCausalLMOutputWithPast):
 
     columns: Tensor | None = None
     selection: tuple[Selection, ...] | None = None
+    visual_tokens: Tensor | None = None
 
 
 class PrunedHeadMixin(PrunedGenerationMixin):
@@ -186,5 +187,6 @@ class PrunedHeadMixin(PrunedGenerationMixin):
             attentions=outputs.attentions,
             columns=None if as_passed else outputs.columns,
             selection=outputs.selection,
+            visual_tokens=outputs.visual_tokens,
             **{name: getattr(outputs, name) for name in (CACHE, IMAGES)},
         )

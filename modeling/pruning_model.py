@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from .pruning_inputs import (
 )
 from .pruning_items import ImageFeatures, Request, VisualItemsMixin
 from .pruning_ops import autocast_disabled, rows_at
-from .pruning_record import by_prompt, numbers_by_prompt, stage_of_encoder
+from .pruning_record import by_prompt, count_visual_tokens, numbers_by_prompt, stage_of_encoder
 from .pruning_sequence import PADDING, PromptLayout, of_caller
 from .pruning_stage import DecoderPruning
 from .pruning_types import Question, Selection, VisionFeatures, VisualTokens, concatenated
@@ -49,10 +50,13 @@ class SparseModelOutput(LlavaModelOutputWithPast):
             `last_hidden_state`, -1 for merged tokens, -2 for padding; None where nothing was dropped and nothing is
             padding.
         selection: the stages, one `Selection` each, if they were asked for.
+        visual_tokens: with them, `(batch, 1 + layers)` int64, the visual tokens of each prompt that enter the decoder,
+            and that are left behind each of its layers; `TokenCounts.of` says what tables make of it.
     """
 
     columns: Tensor | None = None
     selection: tuple[Selection, ...] | None = None
+    visual_tokens: Tensor | None = None
 
 
 class PrunedModelMixin(VisualItemsMixin):
@@ -160,7 +164,15 @@ class PrunedModelMixin(VisualItemsMixin):
         encoded = {name: self.stock_features(x, name) for name, x in encoded.items()} or None
         stock = super().forward(**given, **known, mm_encoder_outputs=encoded, return_dict=True, **kwargs)  # type: ignore[misc]
         shared = {name: stock[name] for name in NAMES if name in stock}
-        return SparseModelOutput(**shared, selection=() if output_selection else None)
+        if not output_selection:
+            return SparseModelOutput(**shared)
+        marks = [self.placeholders(given["input_ids"], given["inputs_embeds"], name) for name in self.modalities]
+        entering = torch.stack(marks).any(0).sum(-1).tolist()
+        return SparseModelOutput(**shared, selection=(), visual_tokens=self.counted(entering, ()))
+
+    def counted(self, entering: Sequence[int], stages: Sequence[Selection]) -> Tensor:
+        """See `SparseModelOutput.visual_tokens`."""
+        return count_visual_tokens(entering, stages, self.config.text_config.num_hidden_layers)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """The embeddings of ids, `(batch, length, channels)`."""
@@ -416,6 +428,10 @@ class PrunedModelMixin(VisualItemsMixin):
             vision = self.config.vision_config
             layer = request.encoder.feature_layer % (getattr(vision, "depth", None) or vision.num_hidden_layers)
             stages = (stage_of_encoder(layer, images.tokens, request.images), *stages)
+        counts = None
+        if request.output_selection:
+            entering = [0] * len(request.embeds) if request.layout is None else request.layout.visual_counts
+            counts = self.counted(entering, stages)
         seen: Any = images
         if images is not None and IMAGES == "image_hidden_states":
             seen = torch.cat(images.features) if images.features else None
@@ -425,5 +441,6 @@ class PrunedModelMixin(VisualItemsMixin):
             attentions=outputs.attentions,
             columns=columns,
             selection=stages if request.output_selection else None,
+            visual_tokens=counts,
             **{CACHE: cache, IMAGES: seen},
         )

@@ -39,6 +39,24 @@ def record_stage(layer: int, reductions: Sequence[Reduction], raters: Tensor) ->
     return Selection(layer, kept, scores, merge_map if merges else None, raters)
 
 
+def count_visual_tokens(entering: Sequence[int], stages: Sequence[Selection], layers: int) -> Tensor:
+    """How many visual tokens each prompt has, `(batch, 1 + layers)` int64: entering the decoder, and behind each layer.
+
+    Args:
+        entering: of each prompt; stages: of the tower, which are counted in that, and of the decoder.
+    """
+    counts = torch.tensor(entering)[:, None].repeat(1, 1 + layers)
+    for stage in stages:
+        if stage.raters is None:
+            continue
+        left = (stage.kept >= 0).sum(-1)
+        if stage.merge_map is not None:
+            into = nn.functional.pad(stage.merge_map, (1, 0), value=-1).sort(-1).values
+            left = left + (into.diff(dim=-1) > 0).sum(-1)
+        counts[:, 1 + stage.layer :] = left[:, None].cpu()
+    return counts
+
+
 def by_prompt(items: Sequence[Any], images: Sequence[int]) -> list[list[Any]]:
     """What there is of each image as a list for each prompt, which has so many."""
     starts = [sum(images[:row]) for row in range(len(images))]

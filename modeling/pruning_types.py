@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,26 @@ class Selection:
     scores: Tensor
     merge_map: Tensor | None = None
     raters: Tensor | None = None
+
+
+class TokenCounts(NamedTuple):
+    """The visual tokens of some prompts, as tables count them.
+
+    Attributes:
+        entering: that enter the decoder; of the prompt with the most.
+        layers: behind each decoder layer, mean over the layers, as the papers count; of the prompt with the most.
+        samples: the same, mean over the prompts.
+    """
+
+    entering: float
+    layers: float
+    samples: float
+
+    @classmethod
+    def of(cls, visual_tokens: Tensor) -> TokenCounts:
+        """Of an output's `visual_tokens`, `(prompts, 1 + layers)`, or those of several outputs below each other."""
+        layers = visual_tokens[:, 1:].double().mean(1)
+        return cls(float(visual_tokens[:, 0].max()), float(layers.max()), float(layers.mean()))
 
 
 class _Rows:

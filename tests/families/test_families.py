@@ -130,6 +130,7 @@ def test_what_enters_the_decoder_is_the_budget(family, method):
         assert len(set(lengths)) == 1 and 0 < lengths[0] - text <= items * family.budget
     else:
         assert lengths[-1] < lengths[0] and lengths == sorted(lengths, reverse=True)
+    assert out.visual_tokens[0, :-1].tolist() == [length - text for length in lengths]
     assert len(out.selection) >= 1
     for stage in out.selection:
         kept = stage.kept[0].tolist()

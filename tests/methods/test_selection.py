@@ -12,6 +12,7 @@ import llava_sparse
 from llava_sparse.modeling.method_sparsevlm import density_clusters, text_raters
 from llava_sparse.modeling.method_visionzip import contextual_tokens
 from llava_sparse.modeling.pruning_attention import row_probabilities
+from llava_sparse.modeling.pruning_cache import CACHE
 from llava_sparse.modeling.pruning_ops import best, cluster_mean
 from llava_sparse.modeling.pruning_sequence import PromptLayout, plan_compaction
 
@@ -220,6 +221,34 @@ def test_selection_describes_what_is_kept(model, case, processor, images):
                 # CLS of each image, numbered behind all that its method may make.
                 known |= {total + images * encoder.new_tokens + i for i in range(images)}
                 following = total + images * (encoder.new_tokens + 1)
+
+
+def test_visual_tokens_are_those_that_the_layers_hold(model, processor):
+    """What a layer leaves, the next one holds; a batch counts as its prompts, and one without a picture as none."""
+    texts = [tiny.QUESTIONS[0], "USER: Is there a cat ? ASSISTANT:", "USER: <image> <image> What car ? ASSISTANT:"]
+    with torch.no_grad():
+        batch = model(**tiny.inputs(processor, texts), output_selection=True, use_cache=True).visual_tokens
+        seed = 0
+        for row, text in enumerate(texts):
+            inputs = tiny.inputs(processor, text, seed=seed)
+            output = model(**inputs, output_selection=True, use_cache=True)
+            seed += text.count("<image>")
+            words = int((inputs["input_ids"] != 4).sum())
+            held = [layer.keys.shape[2] - words for layer in getattr(output, CACHE).layers]
+            assert output.visual_tokens[0, :-1].tolist() == held
+            assert output.visual_tokens[0, -1] == output.logits.shape[1] - words
+            assert batch[row].tolist() == output.visual_tokens[0].tolist()
+    counts = llava_sparse.TokenCounts.of(batch)
+    means = [sum(row[1:]) / tiny.LAYERS for row in batch.tolist()]
+    assert counts == (batch[2, 0].item(), pytest.approx(max(means)), pytest.approx(sum(means) / 3))
+    assert counts.layers > counts.samples
+
+
+def test_visual_tokens_of_a_dense_model(dense, processor):
+    ours = llava_sparse.sparsify(dense, None)
+    with torch.no_grad():
+        counted = ours(**tiny.inputs(processor, tiny.QUESTIONS), output_selection=True).visual_tokens
+    assert counted.tolist() == [[tiny.PATCHES] * (tiny.LAYERS + 1)] * 3
 
 
 def test_selection_of_a_mixed_batch_is_padded(model, case, processor):
