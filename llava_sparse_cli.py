@@ -196,9 +196,10 @@ def ask(
         _prepare(plugins)
         from llava_sparse.evaluation import ask as ask_model
         from llava_sparse.evaluation import load_model
-        from llava_sparse.evaluation.models import check_methods, read_picture
+        from llava_sparse.evaluation.models import check_methods
         from llava_sparse.evaluation.videos import read_frames
         from llava_sparse.families import FAMILIES
+        from llava_sparse.pictures import read_picture
 
         check_methods([method])
         picture = read_frames(image, frames) if video else read_picture(image)
@@ -228,7 +229,8 @@ def visualize(
         _prepare(plugins)
         from llava_sparse.drawing import draw
         from llava_sparse.evaluation import load_model, split_methods
-        from llava_sparse.evaluation.models import check_methods, read_picture
+        from llava_sparse.evaluation.models import check_methods
+        from llava_sparse.pictures import read_picture
         from llava_sparse.visualize import check_figure_output, model_view, trace
 
         names = split_methods(methods)

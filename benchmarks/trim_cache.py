@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-from PIL import Image
 
 import llava_sparse
 from llava_sparse.evaluation import load_model
 from llava_sparse.evaluation.models import fill_prompt
+from llava_sparse.pictures import read_picture
 from llava_sparse.reference import SCENES
 
 QUESTION = "What is in the image?"
@@ -32,7 +32,7 @@ def main() -> None:
     same, held = 0, [0, 0]
     files = sorted((SCENES / "images").iterdir())[: given.limit]
     for file in files:
-        inputs = loaded.processor(images=[Image.open(file).convert("RGB")], text=[prompt], return_tensors="pt")
+        inputs = loaded.processor(images=[read_picture(file)], text=[prompt], return_tensors="pt")
         inputs = inputs.to(loaded.model.device, loaded.model.dtype)
         said = []
         for number, model in enumerate(runs):

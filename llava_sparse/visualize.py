@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .drawing import Array, Stage, Trace, draw
-from .evaluation.models import DENSE, LoadedModel, ask, check_methods, fill_prompt, load_model, read_picture
+from .evaluation.models import DENSE, LoadedModel, ask, check_methods, fill_prompt, load_model
 from .evaluation.report import check_output
 from .modeling.pruning_types import Selection
+from .pictures import read_picture
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -43,7 +44,7 @@ def visualize(
     """
     methods = list(methods)
     check_methods(methods)
-    picture = image.convert("RGB") if isinstance(image, Image.Image) else read_picture(image)
+    picture = read_picture(image)
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     traces = [trace(loaded, picture, question, method, budget) for method in methods]
     return draw(model_view(loaded.processor, picture), question, traces)

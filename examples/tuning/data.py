@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import datasets
 import torch
 from torch import Tensor
 
-from llava_sparse.evaluation.data_checks import IMAGE_TOKEN, PictureChecks, Report, file_inside, is_text, refuse, show
-from llava_sparse.evaluation.models import read_picture
+from llava_sparse.evaluation.data_checks import IMAGE_TOKEN, Report, file_inside, is_text, refuse, show
+from llava_sparse.pictures import read_picture
 
 IGNORED = -100
 SPEAKERS = ("human", "gpt")
@@ -91,16 +91,6 @@ def _turns(entry: Any, special: Sequence[str]) -> list[str]:
     return turns
 
 
-def picture_of(name: str, checks: PictureChecks) -> Any:
-    """The picture of a file that `load_conversations` has found, in RGB.
-
-    Raises:
-        ValueError: if it cannot be decoded, or would be shown wrongly.
-    """
-    checks.check(name, Path(name))
-    return read_picture(name)
-
-
 @dataclass
 class Collator:
     """Makes a batch of rows of `load_conversations`.
@@ -111,7 +101,6 @@ class Collator:
 
     processor: Any
     longest: int
-    checks: PictureChecks = field(default_factory=PictureChecks)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """
@@ -122,7 +111,7 @@ class Collator:
         Raises:
             ValueError: for a conversation that is too long, and for a picture that cannot be read.
         """
-        pictures = [picture_of(row["image"], self.checks) for row in rows if row["image"]]
+        pictures = [read_picture(row["image"], f"image {show(row['image'])}") for row in rows if row["image"]]
         shown, batch = self._shown(pictures)
         texts, spans, owners = [], [], []
         for row in rows:

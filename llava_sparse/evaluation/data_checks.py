@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import reprlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-from PIL import Image, ImageOps
+
+from llava_sparse.pictures import read_picture
 
 # Stands for the image in a prompt, whatever a tokenizer calls it.
 IMAGE_TOKEN = "<image>"
@@ -28,8 +27,6 @@ FEATURES = datasets.Features(
     }
 )
 TEXTS = [column for column in FEATURES if column != "image"]
-# Pillow reads more, some by running other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
@@ -137,18 +134,18 @@ class PictureChecks:
             picture: its file, or the content of it.
 
         Raises:
-            ValueError: if it is damaged, too large, of another format or depth than a model can be shown, or another
-                picture than an earlier one of that name.
+            ValueError: if `read_picture` refuses it, or it is another picture than an earlier one of that name.
         """
         key = hashlib.sha256(picture).digest() if isinstance(picture, bytes) else picture
         if key not in self._verdicts:
             try:
-                self._verdicts[key] = _pixels(picture)
+                shown = read_picture(picture, "")
+                self._verdicts[key] = hashlib.sha256(repr(shown.size).encode() + shown.tobytes()).digest()
             except ValueError as error:
                 self._verdicts[key] = str(error)
         verdict = self._verdicts[key]
         if isinstance(verdict, str):
-            raise ValueError(f"image {show(source)} {verdict}")
+            raise ValueError(f"image {show(source)}{verdict}")
         if self._sources.setdefault(source, verdict) != verdict:
             raise ValueError(f"image_source {show(source)} is another picture in an earlier row; one is allowed.")
 
@@ -157,25 +154,3 @@ def stored(picture: Path | bytes) -> dict[str, Any]:
     """A picture as the columns of `datasets` hold it, undecoded."""
     embedded = isinstance(picture, bytes)
     return {"bytes": picture if embedded else None, "path": None if embedded else str(picture)}
-
-
-def _pixels(picture: Path | bytes) -> bytes:
-    """A digest of what a model is shown of a picture."""
-    try:
-        with warnings.catch_warnings():
-            # Between its limit and twice its limit Pillow only warns.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as image:
-                mode = image.mode
-                # As `datasets.Image` and the runner make it.
-                shown = ImageOps.exif_transpose(image).convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that Pillow allows (Image.MAX_IMAGE_PIXELS)."
-        ) from error
-    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to.
-        raise ValueError(f"cannot be decoded; a readable picture is allowed ({', '.join(FORMATS)}).") from error
-    if mode.startswith(("I", "F")):
-        # Pillow makes every value above 255 white.
-        raise ValueError(f"has more than 8 bits a channel (mode {mode}); 8 bits are allowed: convert it first.")
-    return hashlib.sha256(repr(shown.size).encode() + shown.tobytes()).digest()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 import llava_sparse
@@ -184,22 +184,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
         return "auto"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """A picture from a file, upright, in RGB.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to.
-        raise ValueError(f"{path}: this is not an image that can be read.") from error
 
 
 def fill_prompt(prompt: str, question: str, image_tokens: str) -> str:

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from llava_sparse.pictures import read_picture
+
 from .analysis import Objects, Pair
 from .data_checks import file_inside
 from .figures import theme
-from .models import read_picture
 
 THUMBNAIL = 168
 # Longer tables are folded.

@@ -11,6 +11,8 @@ from typing import Any
 
 import datasets
 
+from llava_sparse.pictures import read_picture
+
 # An image and a question about it.
 Pair = tuple[str, str]
 # Pairs that are answered together.
@@ -67,7 +69,7 @@ class Pictures:
     """The pictures of a dataset, by the name of their source."""
 
     def __init__(self, dataset: datasets.Dataset | datasets.IterableDataset, rows: Sequence[dict[str, Any]]) -> None:
-        self._dataset = dataset
+        self._dataset = dataset.cast_column("image", datasets.Image(decode=False))
         self._row_of = _first_rows(rows)
         self._stream: Iterator[dict[str, Any]] | None = None
 
@@ -75,18 +77,13 @@ class Pictures:
         """The unit's pictures in RGB, as large as they are stored; from a stream, units must come in order.
 
         Raises:
-            ValueError: if one cannot be decoded, naming it.
+            ValueError: if one cannot be read, naming it.
         """
         return {source: self._rgb(source) for source in dict.fromkeys(source for source, _ in unit)}
 
     def _rgb(self, source: str) -> Any:
-        try:
-            row = self._row(source)
-            if row["image"] is None:
-                raise ValueError("there is none")
-            return row["image"].convert("RGB")
-        except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to.
-            raise ValueError(f"image {source!r} cannot be decoded; a readable picture is allowed.") from error
+        stored = self._row(source)["image"] or {"bytes": b""}
+        return read_picture(stored["path"] if stored["bytes"] is None else stored["bytes"], f"image {source!r}")
 
     def _row(self, source: str) -> dict[str, Any]:
         if isinstance(self._dataset, datasets.Dataset):

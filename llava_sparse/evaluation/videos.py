@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .models import read_picture
+from llava_sparse.pictures import read_picture
 
 FRAMES = 8
 HOW = "pip install 'llava-sparse[video]'"
@@ -52,7 +52,7 @@ def read_frames(path: str | Path, count: int = FRAMES) -> list[Image.Image]:
         with av.open(str(path)) as video:
             for i, frame in enumerate(video.decode(video=0)):
                 if i in chosen:
-                    found[i] = frame.to_image().convert("RGB")
+                    found[i] = read_picture(frame.to_image())
         return [found[i] for i in chosen]
     except Exception as error:  # Decoders raise whatever a damaged file leads them to.
         raise ValueError(f"{path}: this is not a video that can be read.") from error

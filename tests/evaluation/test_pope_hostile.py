@@ -83,6 +83,7 @@ def test_pictures_of_all_kinds(folder, name, save, size):
     [
         (lambda file: file.write_bytes(png_header(30_000, 30_000)), "has more than the 89,478,485 pixels that Pillow"),
         (lambda file: file.write_bytes(png_header(10_000, 10_000)), "has more than the 89,478,485 pixels that Pillow"),
+        (lambda file: file.write_bytes(png_header(30_000, 1)), "is 30,000 × 1 pixels; sides of at most 200 times"),
         (lambda file: Image.new("I;16", (9, 9)).save(file), r"has more than 8 bits a channel \(mode I;16\)"),
         (lambda file: Image.new("F", (9, 9)).save(file, "TIFF"), r"has more than 8 bits a channel \(mode F\)"),
         (lambda file: Image.new("RGB", (9, 9)).save(file, "EPS"), "cannot be decoded"),
@@ -100,8 +101,8 @@ def test_refused_pictures(folder, save, message):
 
 def test_each_picture_is_decoded_once(folder, monkeypatch):
     decoded = []
-    pixels = data_checks._pixels
-    monkeypatch.setattr(data_checks, "_pixels", lambda picture: decoded.append(picture) or pixels(picture))
+    read = data_checks.read_picture
+    monkeypatch.setattr(data_checks, "read_picture", lambda picture, *name: decoded.append(picture) or read(picture))
     load_pope(folder)
     assert [file.name for file in decoded] == ["a.png"]
 

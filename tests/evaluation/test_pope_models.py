@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import llava_sparse
 from llava_sparse.evaluation import LoadedModel, evaluate_pope, load_model
-from llava_sparse.evaluation.models import read_picture
+from llava_sparse.pictures import read_picture
 from llava_sparse.reference import CHECKPOINT
 
 
@@ -105,9 +106,21 @@ def test_refused_loading(arguments, error, message):
         load_model(**arguments)
 
 
-def test_pictures_are_turned_upright(tmp_path):
+def test_pictures_are_read_alike_wherever_they_come_from(tmp_path):
+    """Turned as EXIF says, and refused without anything large being made: from a file, its content, or Pillow."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("L", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
-    picture = read_picture(tmp_path / "turned.jpg")
-    assert (picture.size, picture.mode) == ((10, 20), "RGB")
+    Image.new("I;16", (9, 9)).save(tmp_path / "deep.png")
+    Image.new("RGB", (30_000, 1)).save(tmp_path / "long.png")
+    for made in (Path, Path.read_bytes, Image.open):
+        picture = read_picture(made(tmp_path / "turned.jpg"))
+        assert (picture.size, picture.mode) == ((10, 20), "RGB")
+        with pytest.raises(ValueError, match=r"has more than 8 bits a channel \(mode I;16\)"):
+            read_picture(made(tmp_path / "deep.png"))
+        with pytest.raises(ValueError, match="the picture is 30,000 × 1 pixels; sides of at most 200 times"):
+            read_picture(made(tmp_path / "long.png"), "the picture")
+    with pytest.raises(ValueError, match=r"deep\.png: has more"):
+        read_picture(str(tmp_path / "deep.png"))
+    with pytest.raises(FileNotFoundError, match=r"none\.png: no such file"):
+        read_picture(tmp_path / "none.png")

@@ -239,8 +239,8 @@ def test_kept_patches_and_tokens_are_recorded(results_log):
 
 
 def test_each_picture_is_preprocessed_once_a_run(reference, monkeypatch):
-    seen = []
-    monkeypatch.setattr(Pictures, "_rgb", lambda self, name: seen.append(name) or self._row(name)["image"])
+    seen, rgb = [], Pictures._rgb
+    monkeypatch.setattr(Pictures, "_rgb", lambda self, name: seen.append(name) or rgb(self, name))
     steps = []
     evaluate_pope(reference, methods=["dense"], limit=6, on_progress=lambda *step: steps.append(step))
     assert len(seen) == len(set(seen)) == len(set(load_pope(limit=6)["image_source"]))
