@@ -16,6 +16,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from llava_sparse_commands import Attention, Device, Dtype, more
+
 app = typer.Typer(
     help="Pruning of visual tokens for LLaVA models. Without --model, the small embedded reference model is used.",
     epilog="Example: llava-sparse pope --methods dense,visionzip --budget 64. "
@@ -24,13 +26,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(more)
 log = Console(stderr=True)
 INTERRUPTED = 130
 
 Model = Annotated[str | None, typer.Option(help="Hub id or folder of a LLaVA; the reference model if left out.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: what suits the device.")]
-Device = Annotated[str, typer.Option(help="What torch calls it, or auto: the first GPU, else the CPU.")]
-Attention = Annotated[str | None, typer.Option(help="Attention backend: sdpa, eager, flash_attention_2, ...")]
 Plugins = Annotated[
     list[Path] | None,
     typer.Option("--plugin", help="Python file that registers methods of your own; may be given several times."),

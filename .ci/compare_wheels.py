@@ -11,6 +11,7 @@ FOLDERS = {
     "modeling/": "llava_sparse/modeling/",
     "processing/": "llava_sparse/processing/",
     "llava_sparse_cli.py": "llava_sparse_cli.py",
+    "llava_sparse_commands.py": "llava_sparse_commands.py",
 }
 
 

@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from llava_sparse.reference import CHECKPOINT
+
 from .scenes import CATEGORIES, GRID, PATCH, SIDE
 
 WIDTH = 128
@@ -58,7 +60,7 @@ def build_processor() -> LlavaProcessor:
     pictures = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     return LlavaProcessor(
         image_processor=pictures, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=1, chat_template=(CHECKPOINT / "chat_template.jinja").read_text(),
     )  # fmt: skip
 
 

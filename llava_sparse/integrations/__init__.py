@@ -1,0 +1,1 @@
+"""llava_sparse inside other programs; nothing of theirs is imported before it is used."""
