@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
+from inspect import Parameter, Signature, signature
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ class SparseProcessorMixin:
     returns `question_ids`, the question in that CLIP model's vocabulary.
 
     Args:
-        image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
-            num_additional_image_tokens: as of the stock processor.
+        image_processor, tokenizer, ...: as of the stock processor.
         sparse_method, sparse_budget, sparse_layers, sparse_budgets, sparse_options: as in the model's configuration.
+
+    Attributes:
         sparse_tokens: what the settings come to for an image, where all have as many; saved, and for processors that
             are loaded without the package.
 
@@ -39,39 +41,48 @@ class SparseProcessorMixin:
 
     image_token: str
 
+    sparse_tokens: int | None = None
+    image_processor: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Gives it the stock signature and the settings: transformers finds there its parts, and what to save."""
+        super().__init_subclass__(**kwargs)
+        line = cls.__mro__
+        ours = [c for c in line if issubclass(c, SparseProcessorMixin)]
+        stock: Any = next(c for c in line if c not in ours)
+        if stock is object:
+            return
+        known = list(signature(stock.__init__).parameters.values())
+        of_ours = [x for c in ours if "__init__" in vars(c) for x in signature(c.__init__).parameters.values()]
+        own = {x.name: x for x in reversed(of_ours) if x.kind is Parameter.KEYWORD_ONLY}
+        inner: Any = cls.__init__
+
+        @wraps(inner)
+        def made(self: Any, *args: Any, **kwargs: Any) -> None:
+            if len(args) > len(known) - 2:
+                raise TypeError(f"{cls.__name__} takes its settings by keyword, got {len(args)} arguments by position.")
+            inner(self, **dict(zip([x.name for x in known[1:-1]], args, strict=False)), **kwargs)
+
+        made.__signature__ = Signature([*known[:-1], *reversed(own.values()), known[-1]])  # type: ignore[attr-defined]
+        cls.__init__ = made  # type: ignore[method-assign]
+
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        patch_size: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        chat_template: str | None = None,
-        image_token: str = "<image>",
-        num_additional_image_tokens: int = 0,
+        *,
         sparse_method: str | None = None,
         sparse_budget: Any = None,
         sparse_layers: Any = None,
         sparse_budgets: Any = None,
         sparse_options: dict[str, Any] | None = None,
-        sparse_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         for name in [name for name in kwargs if name.startswith("sparse_")]:
             raise ValueError(f"{name} is no setting; there are: {', '.join(FIELDS)}.")
         self.sparse_method, self.sparse_budget, self.sparse_layers = sparse_method, sparse_budget, sparse_layers
         self.sparse_budgets, self.sparse_options = sparse_budgets, sparse_options
-        self.sparse_tokens = sparse_tokens
-        super().__init__(  # type: ignore[call-arg]
-            image_processor=image_processor,
-            tokenizer=tokenizer,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            **kwargs,
-        )
-        if count_tokens is not None and patch_size and getattr(image_processor, "crop_size", None):
+        super().__init__(**kwargs)
+        crop = getattr(getattr(self, "image_processor", None), "crop_size", None)
+        if count_tokens is not None and getattr(self, "patch_size", None) and crop:
             self.check_settings()
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -116,18 +127,28 @@ class SparseProcessorMixin:
                 f"the processor's sparse_options name a model to be loaded, clip={clip!r}; it is loaded only if you "
                 f"name it: from_pretrained(..., sparse_options={saved['sparse_options']!r})."
             )
-        return super().from_args_and_dict(args, saved, **kwargs)  # type: ignore[misc]
+        parts = [kwargs.pop(name, part) for name, part in zip(cls.get_attributes(), args, strict=True)]  # type: ignore[attr-defined]
+        return super().from_args_and_dict(parts, saved, **kwargs)  # type: ignore[misc]
 
-    def __call__(self, images: Any = None, text: Any = None, question: Any = None, **kwargs: Any) -> Any:
+    @classmethod
+    def validate_init_kwargs(cls, processor_config: dict[str, Any], valid_kwargs: Any) -> Any:
+        """As transformers', which does not look at the signature but at code."""
+        known = signature(cls.__init__).parameters
+        return super().validate_init_kwargs(processor_config, [name for name in known if name != "kwargs"])  # type: ignore[misc]
+
+    def __call__(
+        self, images: Any = None, text: Any = None, videos: Any = None, question: Any = None, **kwargs: Any
+    ) -> Any:
         """Arguments as of the stock processor, and
 
         Args:
             question: the question of each prompt, for CLIP; by default what stands behind the last image, without the
                 last line's "ASSISTANT:".
         """
+        kwargs |= {} if videos is None else {"videos": videos}
         outputs = super().__call__(images, text, **kwargs)  # type: ignore[misc]
         clip = _clip(self.sparse_method, self.sparse_options)
-        if clip is not None and (images is not None or kwargs.get("videos") is not None):
+        if clip is not None and (images is not None or videos is not None):
             asked = [text] if isinstance(text, str) else list(text)
             if question is not None:
                 asked = [question] if isinstance(question, str) else list(question)
@@ -137,6 +158,10 @@ class SparseProcessorMixin:
 
 class SparseLlavaProcessor(SparseProcessorMixin, LlavaProcessor):
     """`LlavaProcessor` for a pruned model; see `SparseProcessorMixin`."""
+
+    def __init__(self, *, sparse_tokens: int | None = None, **kwargs: Any) -> None:
+        self.sparse_tokens = sparse_tokens
+        super().__init__(**kwargs)
 
     def check_settings(self) -> None:
         size = self.image_processor.crop_size

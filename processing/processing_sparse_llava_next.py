@@ -66,41 +66,11 @@ class SparseLlavaNextProcessor(TilesProcessorMixin, LlavaNextProcessor):
         image_packing: "unpadded" or "tiles", as in the model's configuration.
     """
 
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        patch_size: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        chat_template: str | None = None,
-        image_token: str = "<image>",
-        num_additional_image_tokens: int = 0,
-        sparse_method: str | None = None,
-        sparse_budget: Any = None,
-        sparse_layers: Any = None,
-        sparse_budgets: Any = None,
-        sparse_options: dict[str, Any] | None = None,
-        image_packing: str = "unpadded",
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *, image_packing: str = "unpadded", **kwargs: Any) -> None:
         if image_packing not in PACKINGS:
             raise ValueError(f"`image_packing` must be one of {', '.join(PACKINGS)}, got {image_packing!r}.")
         self.image_packing = image_packing
-        super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size,
-            vision_feature_select_strategy,
-            chat_template,
-            image_token,
-            num_additional_image_tokens,
-            sparse_method,
-            sparse_budget,
-            sparse_layers,
-            sparse_budgets,
-            sparse_options,
-            **kwargs,
-        )
+        super().__init__(**kwargs)
 
     def _get_number_of_features(self, orig_height: int, orig_width: int, height: int, width: int) -> int:
         if self.image_packing != "tiles":

@@ -17,49 +17,10 @@ class SparseLlavaOnevisionProcessor(SparseProcessorMixin, LlavaOnevisionProcesso
     model has, of which the pruned one drops what it does not need.
     """
 
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        video_processor: Any = None,
-        num_image_tokens: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        chat_template: str | None = None,
-        image_token: str = "<image>",
-        video_token: str = "<video>",
-        vision_aspect_ratio: str = "anyres_max_9",
-        sparse_method: str | None = None,
-        sparse_budget: Any = None,
-        sparse_layers: Any = None,
-        sparse_budgets: Any = None,
-        sparse_options: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            image_processor=image_processor,
-            tokenizer=tokenizer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template,
-            image_token=image_token,
-            sparse_method=sparse_method,
-            sparse_budget=sparse_budget,
-            sparse_layers=sparse_layers,
-            sparse_budgets=sparse_budgets,
-            sparse_options=sparse_options,
-            video_processor=video_processor,
-            num_image_tokens=num_image_tokens,
-            video_token=video_token,
-            vision_aspect_ratio=vision_aspect_ratio,
-            **kwargs,
-        )
-        if num_image_tokens:
-            self.entering(num_image_tokens, tiles=1 + int(vision_aspect_ratio.removeprefix("anyres_max_")))
-
-    def __call__(  # type: ignore[override]
-        self, images: Any = None, text: Any = None, videos: Any = None, question: Any = None, **kwargs: Any
-    ) -> Any:
-        """Arguments as of `LlavaOnevisionProcessor`, and those of `SparseProcessorMixin`."""
-        return super().__call__(images, text, question, videos=videos, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if self.num_image_tokens:
+            self.entering(self.num_image_tokens, tiles=1 + int(self.vision_aspect_ratio.removeprefix("anyres_max_")))
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         dense = super().replace_image_token(image_inputs, image_idx, **kwargs)

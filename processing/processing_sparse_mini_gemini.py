@@ -11,6 +11,8 @@ from transformers.image_utils import make_flat_list_of_images
 
 from .processing_sparse_llava import SparseProcessorMixin
 
+DEFAULTS = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+
 
 class SparseMiniGeminiProcessor(SparseProcessorMixin, LlavaProcessor):
     """Makes of every picture what both towers see; see `SparseProcessorMixin` for the `sparse_*` settings.
@@ -27,18 +29,7 @@ class SparseMiniGeminiProcessor(SparseProcessorMixin, LlavaProcessor):
 
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        patch_size: int | None = 14,
-        vision_feature_select_strategy: str | None = "default",
-        chat_template: str | None = None,
-        image_token: str = "<image>",
-        num_additional_image_tokens: int = 1,
-        sparse_method: str | None = None,
-        sparse_budget: Any = None,
-        sparse_layers: Any = None,
-        sparse_budgets: Any = None,
-        sparse_options: dict[str, Any] | None = None,
+        *,
         sparse_tokens: int | None = None,
         image_size_aux: int = 768,
         image_grid: int = 1,
@@ -46,22 +37,10 @@ class SparseMiniGeminiProcessor(SparseProcessorMixin, LlavaProcessor):
         **kwargs: Any,
     ) -> None:
         self.image_size_aux, self.image_grid, self.image_global = image_size_aux, image_grid, image_global
-        super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size,
-            vision_feature_select_strategy,
-            chat_template,
-            image_token,
-            num_additional_image_tokens,
-            sparse_method,
-            sparse_budget,
-            sparse_layers,
-            sparse_budgets,
-            sparse_options,
-            sparse_tokens,
-            **kwargs,
-        )
+        self.sparse_tokens = sparse_tokens
+        for name, value in DEFAULTS.items():
+            kwargs.setdefault(name, value)
+        super().__init__(**kwargs)
 
     def check_settings(self) -> None:
         self.sparse_tokens = self.entering(self._patches, tiles=self._tiles)

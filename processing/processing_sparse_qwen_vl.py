@@ -19,31 +19,8 @@ class DynamicProcessorMixin(SparseProcessorMixin):
     of the whole picture, and the model drops what it does not need.
     """
 
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        video_processor: Any = None,
-        chat_template: str | None = None,
-        sparse_method: str | None = None,
-        sparse_budget: Any = None,
-        sparse_layers: Any = None,
-        sparse_budgets: Any = None,
-        sparse_options: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            image_processor,
-            tokenizer,
-            chat_template=chat_template,
-            sparse_method=sparse_method,
-            sparse_budget=sparse_budget,
-            sparse_layers=sparse_layers,
-            sparse_budgets=sparse_budgets,
-            sparse_options=sparse_options,
-            video_processor=video_processor,
-            **kwargs,
-        )
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.check_settings()
 
     def check_settings(self) -> None:

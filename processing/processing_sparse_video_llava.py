@@ -20,51 +20,13 @@ class SparseVideoLlavaProcessor(SparseProcessorMixin, VideoLlavaProcessor):
     of which the pruned one drops what it does not need. Pixels of images are `pixel_values`, whatever the release.
     """
 
-    def __init__(
-        self,
-        image_processor: Any = None,
-        video_processor: Any = None,
-        tokenizer: Any = None,
-        patch_size: int = 14,
-        vision_feature_select_strategy: str = "default",
-        image_token: str = "<image>",
-        video_token: str = "<video>",
-        chat_template: str | None = None,
-        num_additional_image_tokens: int = 1,
-        sparse_method: str | None = None,
-        sparse_budget: Any = None,
-        sparse_layers: Any = None,
-        sparse_budgets: Any = None,
-        sparse_options: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size,
-            vision_feature_select_strategy,
-            chat_template,
-            image_token,
-            num_additional_image_tokens,
-            sparse_method,
-            sparse_budget,
-            sparse_layers,
-            sparse_budgets,
-            sparse_options,
-            video_processor=video_processor,
-            video_token=video_token,
-            **kwargs,
-        )
-
     def check_settings(self) -> None:
         size = self.image_processor.crop_size
         self._tokens(size["height"], size["width"], frames=FRAMES, at_most=False)
 
-    def __call__(  # type: ignore[override]
-        self, images: Any = None, text: Any = None, videos: Any = None, question: Any = None, **kwargs: Any
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Arguments as of `VideoLlavaProcessor`, and those of `SparseProcessorMixin`."""
-        outputs = super().__call__(images, text, question, videos=videos, **kwargs)
+        outputs = super().__call__(*args, **kwargs)
         if "pixel_values_images" in outputs:
             outputs["pixel_values"] = outputs.pop("pixel_values_images")
         return outputs
