@@ -22,7 +22,6 @@ app = typer.Typer(
     help="Pruning of visual tokens for LLaVA models. Without --model, the small embedded reference model is used.",
     epilog="Example: llava-sparse pope --methods dense,visionzip --budget 64. "
     "--debug, anywhere on the line, shows the traceback of an error.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -31,10 +30,41 @@ log = Console(stderr=True)
 INTERRUPTED = 130
 
 Model = Annotated[str | None, typer.Option(help="Hub id or folder of a LLaVA; the reference model if left out.")]
+Images = Annotated[
+    list[Path], typer.Argument(metavar="PICTURE...", help="Pictures; with --video, a video or a folder of frames.")
+]
+Question = Annotated[str, typer.Argument(help="A question about them.")]
+Video = Annotated[bool, typer.Option("--video", help="Show a video to a model that takes some.")]
+Frames = Annotated[int, typer.Option(help="Of a video, evenly spaced.")]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        help=r"Template with <image> and {question}; \n is a new line. By the model's own chat template if left out; "
+        "LLaVA-1.5's where it has none."
+    ),
+]
 Plugins = Annotated[
     list[Path] | None,
     typer.Option("--plugin", help="Python file that registers methods of your own; may be given several times."),
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        # Of the package's metadata: the package itself would import torch.
+        from importlib.metadata import version
+
+        typer.echo(f"llava-sparse {version('llava-sparse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _numbers(text: str) -> list[int]:
@@ -108,10 +138,7 @@ def pope(
         str, typer.Option(callback=_check_numbers, help="Of methods that draw at random, e.g. 0,1,2.")
     ] = "0",
     answer_mode: Annotated[str, typer.Option(help="text; or Yes against No: logits, likelihood.")] = "text",
-    prompt: Annotated[
-        str | None,
-        typer.Option(help=r"Template with <image> and {question}; \n is a new line. LLaVA-1.5's if left out."),
-    ] = None,
+    prompt: Prompt = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
     grouping: Annotated[bool, typer.Option(help="Encode a picture once for all its questions.")] = True,
     output: Annotated[
@@ -146,7 +173,7 @@ def pope(
             batch_size=batch_size,
             limit=limit,
             answer_mode=answer_mode,
-            prompt=None if prompt is None else prompt.replace(r"\n", "\n"),
+            prompt=_template(prompt),
             grouped=grouping,
             skip_bad=skip_bad,
             output=output,
@@ -179,70 +206,99 @@ def _names(text: str | None) -> list[str] | None:
     epilog='Example: llava-sparse ask picture.jpg "Is there a dog in the image?" --method visionzip --budget 64'
 )
 def ask(
-    image: Annotated[Path, typer.Argument(help="A picture; with --video, a video or a folder of frames.")],
-    question: Annotated[str, typer.Argument(help="A question about it.")],
+    images: Images,
+    question: Question,
     model: Model = None,
     method: Annotated[str, typer.Option(help="A method, or dense.")] = "visionzip",
     budget: Budget = 64,
+    prompt: Prompt = None,
+    video: Video = False,
+    frames: Frames = 8,
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn_implementation: Attention = None,
     plugins: Plugins = None,
-    video: Annotated[bool, typer.Option("--video", help="Ask a model that takes videos about one.")] = False,
-    frames: Annotated[int, typer.Option(help="Of a video, evenly spaced.")] = 8,
 ) -> None:
-    """Ask a model about one picture, or one video."""
+    """Ask a model about a picture, some pictures, or one video; how many visual tokens are left goes to stderr."""
+    loading = {"name": model, "dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     with _status("loading"):
         _prepare(plugins)
-        from llava_sparse.evaluation import ask as ask_model
-        from llava_sparse.evaluation import load_model
-        from llava_sparse.evaluation.models import check_methods
-        from llava_sparse.evaluation.videos import read_frames
-        from llava_sparse.families import FAMILIES
-        from llava_sparse.pictures import read_picture
-
-        check_methods([method])
-        picture = read_frames(image, frames) if video else read_picture(image)
-        known = [kind for family in FAMILIES.values() for kind in (family.model_type, family.sparse_type)]
-        loaded = load_model(model, dtype, device, attn_implementation, known)
-    pruned = loaded.with_method(method, budget)
-    typer.echo(ask_model(pruned, loaded.processor, picture, question, loaded.prompt(short_answer=False)))
+        shown, loaded = _open(images, video, frames, [method], prompt, loading)
+        from llava_sparse.visualize import trace
+    traced = trace(loaded, shown, question, method, budget, _template(prompt), video, drawn=False)
+    _name_reference(model)
+    typer.echo(traced.answer)
+    log.print(f"{method}: {traced.flow} visual tokens", soft_wrap=True, markup=False)
 
 
 @app.command(
     epilog='Example: llava-sparse visualize picture.jpg "Is there a dog in the image?" --methods visionzip,sparsevlm'
 )
 def visualize(
-    image: Annotated[Path, typer.Argument(help="A picture.")],
-    question: Annotated[str, typer.Argument(help="A question about it.")],
+    images: Images,
+    question: Question,
     model: Model = None,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "visionzip,sparsevlm",
     budget: Budget = 64,
+    prompt: Prompt = None,
+    video: Video = False,
+    frames: Frames = 8,
     output: Annotated[Path, typer.Option(help="The figure: a .png, .svg or .pdf file.")] = Path("figure.png"),
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn_implementation: Attention = None,
     plugins: Plugins = None,
 ) -> None:
-    """Draw which patches of a picture methods keep, merge and drop, and which words of the question decide."""
+    """Draw which visual tokens methods keep, merge and drop, and which words of the question decide."""
+    loading = {"name": model, "dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     with _status("loading"):
         _prepare(plugins)
         from llava_sparse.drawing import draw
-        from llava_sparse.evaluation import load_model, split_methods
-        from llava_sparse.evaluation.models import check_methods
-        from llava_sparse.pictures import read_picture
-        from llava_sparse.visualize import check_figure_output, model_view, trace
+        from llava_sparse.evaluation import split_methods
+        from llava_sparse.visualize import check_figure_output, trace
 
-        names = split_methods(methods)
-        check_methods(names)
         check_figure_output(output)
-        picture = read_picture(image)
-        loaded = load_model(model, dtype, device, attn_implementation)
-    traces = [trace(loaded, picture, question, name, budget) for name in names]
-    draw(model_view(loaded.processor, picture), question, traces).savefig(output, dpi=160)
+        names = split_methods(methods)
+        shown, loaded = _open(images, video, frames, names, prompt, loading)
+    traces = [trace(loaded, shown, question, name, budget, _template(prompt), video) for name in names]
+    draw(question, traces).savefig(output, dpi=160)
+    _name_reference(model)
     for traced in traces:
         typer.echo(f"{traced.method}: {traced.answer} ({traced.flow} visual tokens)")
     log.print(f"Figure: {output}", soft_wrap=True, markup=False)
+
+
+def _open(
+    images: list[Path], video: bool, frames: int, methods: list[str], prompt: str | None, loading: dict[str, Any]
+) -> tuple[list[Any], Any]:
+    """The pictures of a command, or the frames of its video, and its model, once all that is cheap has been checked."""
+    from llava_sparse.evaluation import load_model
+    from llava_sparse.evaluation.models import check_methods, check_prompt
+    from llava_sparse.evaluation.videos import read_frames
+    from llava_sparse.families import model_types
+    from llava_sparse.pictures import read_picture
+
+    check_methods(methods)
+    if prompt is not None:
+        check_prompt(_template(prompt) or "", 1 if video else len(images))
+    if video and len(images) > 1:
+        raise ValueError(f"--video: {len(images)} files are given; one video, or one folder of frames, is allowed.")
+    shown = read_frames(images[0], frames) if video else [read_picture(image) for image in images]
+    return shown, load_model(**loading, model_types=model_types())
+
+
+def _name_reference(model: str | None) -> None:
+    """Says who answers where nobody said who should."""
+    if model is None:
+        log.print(
+            "llava-sparse: no --model is given, and the small reference model answers. It knows rendered scenes alone, "
+            "and whether a thing is in them.",
+            soft_wrap=True, markup=False, highlight=False,
+        )  # fmt: skip
+
+
+def _template(prompt: str | None) -> str | None:
+    return None if prompt is None else prompt.replace(r"\n", "\n")
 
 
 @app.command(
@@ -392,7 +448,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     try:
-        code = app(given, prog_name="llava-sparse", standalone_mode=False) or 0
+        code = app(given or ["--help"], prog_name="llava-sparse", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:

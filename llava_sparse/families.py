@@ -71,6 +71,13 @@ FAMILIES = {
 }
 
 
+def model_types() -> list[str]:
+    """The `model_type` of every configuration that can be loaded, dense and sparse."""
+    families = FAMILIES.values()
+    kinds = [(family.model_type, family.sparse_type, family.published_type) for family in families]
+    return [kind for family in kinds for kind in family if kind]
+
+
 def supported() -> str:
     """The families, for messages."""
     return ", ".join(f"{family.title} (model_type {name!r})" for name, family in FAMILIES.items())

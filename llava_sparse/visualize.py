@@ -10,44 +10,51 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
-from .drawing import Array, Stage, Trace, draw
-from .evaluation.models import DENSE, LoadedModel, ask, check_methods, fill_prompt, load_model
+from .drawing import Stage, Trace, draw
+from .evaluation.models import DENSE, LoadedModel, ask, check_methods, fill_in, load_model
 from .evaluation.report import check_output
+from .families import model_types
+from .layouts import blocks
 from .modeling.pruning_types import Selection
 from .pictures import read_picture
 
 FORMATS = (".png", ".svg", ".pdf")
+Shown = str | Path | Image.Image
 
 
 def visualize(
     model: str | Path | LoadedModel | None,
-    image: str | Path | Image.Image,
+    image: Shown | Sequence[Shown],
     question: str,
     methods: Sequence[str] = ("visionzip", "sparsevlm"),
     budget: float = 64,
+    prompt: str | None = None,
+    video: bool = False,
 ) -> Figure:
-    """Shows how methods prune one picture for one question: a row for each method, a panel for each of its stages.
+    """Shows how methods prune what is shown for one question: a row for each method, a panel for each of its stages.
 
     Args:
         model: a loaded model, or the name that `load_model` takes; None for the embedded reference model.
-        image: a picture or its file.
+        image: a picture or its file, several, or the frames of a video.
         methods: names of `llava_sparse.list_methods()`, and `"dense"`.
-        budget: visual tokens retained, or a ratio of the patches, for all methods but dense.
+        budget: visual tokens retained, or a ratio of the dense model's, for all methods but dense.
+        prompt: with `<image>` and `{question}`; None for the model's own.
+        video: whether they are frames.
 
     Returns:
         a figure, for `savefig` or for a notebook to show.
 
     Raises:
-        ValueError: for an unknown method, an invalid budget, a question with an image token, an unreadable picture.
+        ValueError: for an unknown method, an invalid budget, prompt or question, an unreadable picture.
         OSError: for files that do not exist.
     """
     methods = list(methods)
     check_methods(methods)
-    picture = read_picture(image)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model)
-    traces = [trace(loaded, picture, question, method, budget) for method in methods]
-    return draw(model_view(loaded.processor, picture), question, traces)
+    shown = [read_picture(x) for x in ([image] if isinstance(image, str | Path | Image.Image) else image)]
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, model_types=model_types())
+    return draw(question, [trace(loaded, shown, question, method, budget, prompt, video) for method in methods])
 
 
 def check_figure_output(path: str | Path) -> None:
@@ -62,79 +69,92 @@ def check_figure_output(path: str | Path) -> None:
     check_output(path)
 
 
-def model_view(processor: Any, picture: Image.Image) -> Array:
-    """The part of a picture that a model sees, at its resolution: `(height, width, 3)` uint8."""
-    seen = processor.image_processor(images=picture, do_normalize=False, do_rescale=False, return_tensors="pt")
-    return seen["pixel_values"][0].permute(1, 2, 0).round().clip(0, 255).byte().cpu().numpy()
-
-
 @torch.inference_mode()
-def trace(loaded: LoadedModel, picture: Image.Image, question: str, method: str, budget: float | None = None) -> Trace:
-    """Asks a model about a picture, and records what was pruned on the way.
+def trace(
+    loaded: LoadedModel,
+    shown: Sequence[Image.Image],
+    question: str,
+    method: str,
+    budget: float | None = None,
+    prompt: str | None = None,
+    video: bool = False,
+    drawn: bool = True,
+) -> Trace:
+    """Asks a model about pictures, or about one video, and records what was pruned on the way.
 
     Args:
+        shown: pictures as of `read_picture`, or frames.
         method: a method, or dense.
-        budget: visual tokens retained, or a ratio of the patches; without meaning for dense.
+        budget: visual tokens retained, or a ratio of the dense model's; without meaning for dense.
+        prompt: with `<image>` and `{question}`; None for the model's own.
+        drawn: whether the trace is to be drawn; without, it has no blocks.
 
     Raises:
-        ValueError: for an unknown method, an invalid budget, a question with an image token.
+        ValueError: for an unknown method, an invalid budget, prompt or question; to be drawn, also for a processor
+            whose settings do not tell where the visual tokens lie.
     """
     model, processor = loaded.with_method(method, budget), loaded.processor
-    prompt = loaded.prompt(short_answer=False)
-    answer = ask(model, processor, picture, question, prompt)
-    alone = processor(images=[picture], text=[processor.image_token], return_tensors="pt")
-    tokens = int((alone["input_ids"] == processor.image_token_id).sum())
-    placeholders = processor.image_token * tokens
-    text = fill_prompt(prompt, question, placeholders)
-    start = text.index(placeholders) + len(placeholders)
+    prompt = loaded.prompt(False, len(shown), video) if prompt is None else prompt
+    answer = ask(model, processor, shown, question, prompt, video=video)
+    text, inputs = fill_in(model, processor, shown, question, prompt, video)
+    token = processor.video_token if video else processor.image_token
+    ids = inputs["input_ids"][0]
+    visual = (ids == processor.tokenizer.convert_tokens_to_ids(token)).nonzero().flatten()
+    tokens, behind = len(visual), text.rindex(token) + len(token)
     sparsifier = None if method == DENSE else model.model.sparsifier
     if sparsifier is None:
-        return Trace(method, answer, tokens, (), text[start:], ())
-
-    knows_text = processor.tokenizer.is_fast
-    tokenized = processor.tokenizer([text], return_offsets_mapping=knows_text, return_tensors="pt")
-    selection = model(
-        input_ids=tokenized["input_ids"].to(model.device),
-        attention_mask=tokenized["attention_mask"].to(model.device),
-        pixel_values=alone["pixel_values"].to(model.device, model.dtype),
-        logits_to_keep=1,
-        output_selection=True,
-    ).selection
+        layout = blocks(model, processor, inputs, shown, video, tokens) if drawn else []
+        return Trace(method, answer, tokens, layout, (), text[behind:], ())
+    outputs = model(**inputs, logits_to_keep=1, output_selection=True)
+    selection = outputs.selection
+    numbers = selection[0].scores.shape[1]
+    layout = blocks(model, processor, inputs, shown, video, numbers) if drawn else []
     raters: tuple[tuple[int, int], ...] = ()
-    if knows_text and selection[0].raters is not None:
+    if selection[0].raters is not None:
         columns = selection[0].raters[0].unique().cpu()
-        pieces = tokenized["offset_mapping"][0][columns[columns >= 0]].tolist()
-        raters = tuple((a - start, b - start) for a, b in pieces if a >= start)
-    stages = follow(selection, sparsifier, tokens, model.model.patches_per_image)
-    return Trace(method, answer, tokens, stages, text[start:], raters)
+        raters = _pieces(processor.tokenizer, text, behind, len(ids), columns[columns > visual[-1].cpu()])
+    entering = int(outputs.visual_tokens[0, 0])
+    return Trace(method, answer, tokens, layout, follow(selection, sparsifier, entering), text[behind:], raters)
 
 
-def follow(selections: Sequence[Selection], sparsifier: Any, tokens: int, patches: int) -> tuple[Stage, ...]:
-    """What has become of every patch after each stage of a prompt with one image.
+def _pieces(tokenizer: Any, text: str, behind: int, length: int, columns: Tensor) -> tuple[tuple[int, int], ...]:
+    """Start and end in `text[behind:]` of some of the `length` tokens that a processor made of a text.
+
+    What it put in for placeholders is in front of them, so that they are counted from the end.
+    """
+    if not tokenizer.is_fast:
+        return ()
+    offsets = tokenizer([text], return_offsets_mapping=True)["offset_mapping"][0]
+    pieces = [offsets[column - length] for column in columns.tolist()]
+    return tuple((start - behind, end - behind) for start, end in pieces if start >= behind)
+
+
+def follow(selections: Sequence[Selection], sparsifier: Any, entering: int) -> tuple[Stage, ...]:
+    """What has become of every visual token after each stage of a prompt.
 
     Args:
         selections: the stages, one row each.
         sparsifier: the method that made them.
-        tokens: visual tokens of the dense model, one more than `patches` where CLS is fed to the decoder.
+        entering: visual tokens that the decoder is given, those without a number included.
     """
     encoder = sparsifier.encoder
-    # Decoder methods alone number the tokens that enter the decoder.
-    cls = 0 if encoder is not None else tokens - patches
-    owners = np.arange(cls + patches)
+    owners = np.arange(selections[0].scores.shape[1])
     stages: list[Stage] = []
     for selection in selections:
-        kept = np.isin(owners, selection.kept[0].cpu().numpy())
+        chosen = selection.kept[0][selection.kept[0] >= 0].cpu().numpy()
+        kept = np.isin(owners, chosen)
         into = np.full_like(owners, -1)
         if selection.merge_map is not None:
             merge_map = selection.merge_map[0].cpu().numpy()
             into[owners >= 0] = merge_map[owners[owners >= 0]]
+        known = owners
         owners = np.where(kept & (owners >= 0), owners, into)
         in_decoder = encoder is None or bool(stages)
         place = f"after {'decoder' if in_decoder else 'encoder'} layer {selection.layer}"
         if not in_decoder and encoder.place == "projector":
             place = "behind the projector"
-        stage = Stage(place, np.maximum(owners[cls:] - cls, -1), bool(cls) and owners[0] == 0)
-        if not in_decoder and stage.tokens + 1 == encoder.tokens:
-            stage = Stage(place, stage.owners, True)
+        stage = Stage(place, owners, int((~np.isin(chosen, known)).sum()))
+        if not in_decoder:
+            stage = Stage(place, owners, entering - stage.tokens)
         stages.append(stage)
     return tuple(stages)

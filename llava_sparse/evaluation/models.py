@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedC
 
 import llava_sparse
 from llava_sparse.modeling.pruning_settings import FIELDS, nearest
+from llava_sparse.pictures import read_picture
 from llava_sparse.reference import CHECKPOINT
 
 from .data_checks import IMAGE_TOKEN
@@ -40,14 +42,28 @@ class LoadedModel:
     name: str
     knows_short_answer: bool
 
-    def prompt(self, short_answer: bool) -> str:
-        """The prompt, with `<image>` and `{question}` where they go.
+    def prompt(self, short_answer: bool, pictures: int = 1, video: bool = False) -> str:
+        """The prompt, with `<image>` and `{question}` where they go: as the model's own chat template writes them.
+
+        LLaVA-1.5's words stand where there is no template, or one that does not place what is shown.
 
         Args:
             short_answer: whether to ask for a single word, as far as the model knows how.
+            pictures: how many are shown; video: or whether a video is, for which `<image>` stands, too.
         """
-        suffix = SHORT_ANSWER if short_answer and self.knows_short_answer else ""
-        return f"USER: {IMAGE_TOKEN}\n{{question}}{suffix} ASSISTANT:"
+        asked = QUESTION + (SHORT_ANSWER if short_answer and self.knows_short_answer else "")
+        usual = f"USER: {IMAGE_TOKEN}\n{asked} ASSISTANT:"
+        processor, tokenizer = self.processor, self.processor.tokenizer
+        if getattr(processor, "chat_template", None) is None:
+            return usual
+        content = [{"type": "video" if video else "image"}] * pictures + [{"type": "text", "text": asked}]
+        turn = [{"role": "user", "content": content}]
+        text: str = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        if tokenizer.bos_token and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
+            # The tokenizer puts it there.
+            text = text.removeprefix(tokenizer.bos_token)
+        text = text.replace(processor.video_token if video else processor.image_token, IMAGE_TOKEN)
+        return text if (text.count(IMAGE_TOKEN), text.count(QUESTION)) == (pictures, 1) else usual
 
     def with_run(self, run: Run) -> Any:
         """The model pruned as a run says, or dense, on the same weights.
@@ -78,15 +94,21 @@ def check_methods(methods: Sequence[str]) -> None:
     plan_runs(methods, [None])
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, pictures: int = 1) -> None:
     """Checks a prompt template.
 
+    Args:
+        pictures: how many are shown; `<image>` is allowed as often, or once for all.
+
     Raises:
-        ValueError: if `<image>` or `{question}` is not in it exactly once.
+        ValueError: if `{question}` is not in it exactly once, or `<image>` not as often as allowed.
     """
-    for part in (IMAGE_TOKEN, QUESTION):
-        if prompt.count(part) != 1:
-            raise ValueError(f"prompt {prompt!r}: {part} has to be in it once; it is there {prompt.count(part)} times.")
+    for part, often in ((IMAGE_TOKEN, pictures), (QUESTION, 1)):
+        if prompt.count(part) not in (1, often):
+            allowed = "once" if often == 1 else f"once or {often} times"
+            raise ValueError(
+                f"prompt {prompt!r}: {part} has to be in it {allowed}; it is there {prompt.count(part)} times."
+            )
 
 
 def load_model(
@@ -198,6 +220,35 @@ def fill_prompt(prompt: str, question: str, image_tokens: str) -> str:
     return f"{before}{question}{after}"
 
 
+def fill_in(
+    model: Any, processor: Any, shown: Sequence[Image.Image], question: str, prompt: str, video: bool = False
+) -> tuple[str, Any]:
+    """A question about pictures, or about one video, as text and as what the processor makes of it.
+
+    Args:
+        model: dense or pruned; processor: stock or sparse.
+        shown: pictures as of `read_picture`, or the frames of a video.
+        prompt: as from `LoadedModel.prompt`; a single `<image>` is where all pictures go.
+
+    Raises:
+        ValueError: if the question holds an image token of its own, for a prompt that `check_prompt` refuses, and for a
+            video where the model takes none.
+    """
+    if video and not hasattr(processor, "video_token"):
+        raise ValueError(f"{type(processor).__name__}: this model takes pictures alone, no videos.")
+    token, count = (processor.video_token, 1) if video else (processor.image_token, len(shown))
+    check_prompt(prompt, count)
+    if prompt.count(IMAGE_TOKEN) == 1:
+        token = "\n".join([token] * count)
+    text = fill_prompt(prompt, question, token)
+    seen = {"videos" if video else "images": [list(shown)]}
+    inputs = processor(**seen, text=[text], return_tensors="pt").to(model.device, model.dtype)
+    if "pixel_values_images" in inputs and "pixel_values" in signature(model.forward).parameters:
+        # Video-LLaVA's processor has a name of its own for them, and so had its model before transformers 5.23.
+        inputs["pixel_values"] = inputs.pop("pixel_values_images")
+    return text, inputs
+
+
 @torch.inference_mode()
 def ask(
     model: Any,
@@ -206,23 +257,21 @@ def ask(
     question: str,
     prompt: str,
     max_new_tokens: int = 128,
+    video: bool = False,
 ) -> str:
-    """A model's greedy answer to a question about one image, or one video.
+    """A model's greedy answer to a question about a picture, some pictures, or one video.
 
     Args:
         model: dense or pruned.
         processor: stock or sparse.
-        image: a picture, or the frames of a video.
+        image: a picture, several, or the frames of a video.
         prompt: as from `LoadedModel.prompt`.
+        video: whether they are frames.
 
     Raises:
-        ValueError: if the question holds an image token of its own, and for a video where the model takes none.
+        ValueError: for a picture that `read_picture` refuses, and as `fill_in`.
     """
-    still = isinstance(image, Image.Image)
-    if not still and not hasattr(processor, "video_token"):
-        raise ValueError(f"{type(processor).__name__}: this model takes pictures alone, no videos.")
-    text = fill_prompt(prompt, question, processor.image_token if still else processor.video_token)
-    seen: dict[str, Any] = {"images": [image]} if still else {"videos": [list(image)]}  # type: ignore[arg-type]
-    inputs = processor(**seen, text=[text], return_tensors="pt").to(model.device, model.dtype)
+    shown = [read_picture(x) for x in ([image] if isinstance(image, Image.Image) else image)]
+    _, inputs = fill_in(model, processor, shown, question, prompt, video)
     ids = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()

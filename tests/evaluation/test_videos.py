@@ -64,4 +64,4 @@ def test_what_is_no_video(tmp_path, monkeypatch):
 
 def test_a_model_of_pictures_takes_no_video(dense, processor):
     with pytest.raises(ValueError, match="takes pictures alone"):
-        ask(dense, processor, [shade(0)], "Is there a dog ?", "USER: <image> {question} ASSISTANT:")
+        ask(dense, processor, [shade(0)], "Is there a dog ?", "USER: <image> {question} ASSISTANT:", video=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+import llava_sparse
 from llava_sparse import cli, evaluation, preparation
 from llava_sparse.evaluation import plan_runs, split_methods
 from llava_sparse.reference import CHECKPOINT, SCENES
@@ -65,7 +66,28 @@ def test_methods(run):
 def test_ask(run, method):
     for thing, answer in (("dog", "Yes"), ("pizza", "No")):
         arguments = ("ask", PICTURE, f"Is there a {thing} in the image?", "--method", method)
-        assert run(*arguments) == (0, f"{answer}\n", "")
+        code, out, err = run(*arguments)
+        assert (code, out) == (0, f"{answer}\n")
+        assert "the small reference model answers. It knows rendered scenes alone" in err
+        assert "576" in err and ("→" in err) == (method != "dense")
+    assert run(*arguments, "--model", CHECKPOINT)[2].startswith(f"{method}: 576")
+
+
+def test_ask_about_several_pictures_in_words_of_ones_own(run):
+    given = ("ask", PICTURE, PICTURE, "Is there a dog in the image?", "--model", CHECKPOINT, "--method", "dense")
+    code, _, err = run(*given, "--prompt", "<image><image> {question} ASSISTANT:")
+    assert (code, err) == (0, "dense: 1152 visual tokens\n")
+    for prompt, message in (("<image>", "{question} has to be in it once"), ("{question}", "in it once or 2 times")):
+        code, _, err = run(*given, "--prompt", prompt)
+        assert code == 1 and message in err
+    code, _, err = run(*given, "--video")
+    assert code == 1 and "2 files are given; one video" in err
+
+
+def test_version_and_help_without_a_word(run):
+    assert run("--version") == (0, f"llava-sparse {llava_sparse.__version__}\n", "")
+    code, out, err = run()
+    assert (code, err) == (0, "") and "Usage: llava-sparse" in out
 
 
 def test_pope(run, tmp_path):
@@ -118,8 +140,8 @@ def test_pope_on_a_folder(run):
         (["pope", "--dtype", "half", "--limit", "1"], 1, "dtype 'half' is unknown"),
         (["pope", "--attn-implementation", "magic", "--limit", "1"], 1, "magic"),
         (["ask", "no-such-file.jpg", "Is there a dog?"], 1, "no-such-file.jpg: no such file."),
-        (["ask", __file__, "Is there a dog?"], 1, "this is not an image that can be read"),
-        (["ask", PICTURE], 2, "Missing argument 'question'"),
+        (["ask", __file__, "Is there a dog?"], 1, "cannot be decoded; a readable picture is allowed"),
+        (["ask", PICTURE], 2, "Missing argument 'PICTURE...'"),
         (["ask", PICTURE, "Is there a dog?", "--method", "sparse-vlm"], 1, "did you mean 'sparsevlm'?"),
         (["ask", PICTURE, "Is there a dog?", "--budget", "1000"], 1, f"{BUDGET}, got 1000."),
         (["ask", PICTURE, "Is there a dog?", "--budget", "many"], 2, "'many': a whole number or a ratio (0.25) is"),
