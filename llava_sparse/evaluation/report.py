@@ -18,6 +18,7 @@ from rich.table import Table
 import llava_sparse
 from llava_sparse.metrics.pope.pope import parse_answer
 from llava_sparse.modeling.pruning_settings import as_lists
+from llava_sparse.preprocessing import recorded
 from llava_sparse.reference import CHECKPOINT
 
 from .models import LoadedModel
@@ -87,6 +88,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "attn_implementation": loaded.model.config._attn_implementation,
         "weights_sha256": _fingerprint(loaded.model),
         "configuration_sha256": _configuration(loaded),
+        "preprocessing": recorded(loaded.processor),
     }
 
 

@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from llava_sparse.pictures import read_picture
+from llava_sparse.preprocessing import parts
 
 from .analysis import Objects, Pair
 from .data_checks import file_inside
 from .figures import theme
 
 THUMBNAIL = 168
+# LLaVA-1.5's checkpoints in transformers' form.
+MIDDLE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "do_center_crop": True}
 # Longer tables are folded.
 LONG = 12
 OLD_FILE = "The file was written by an earlier version"
@@ -160,18 +163,23 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def thumbnail(folder: Path, name: str, masks: Sequence[NDArray[np.bool_]]) -> str:
-    """A small picture as a data URI; patches are the paler, the earlier they stop being tokens of their own.
+def thumbnail(
+    folder: Path, name: str, masks: Sequence[NDArray[np.bool_]], preprocessing: Mapping[str, Any] | None = None
+) -> str:
+    """A small picture, as the model sees it, as a data URI; patches are the paler, the earlier they stop being tokens.
 
     Args:
-        folder, name: of the picture, of which the middle square is shown, as LLaVA's processor cuts it.
+        folder, name: of the picture.
         masks: `(patches,)` of each stage.
+        preprocessing: as `preprocessing.recorded` gives it; None, as in files of earlier versions: the middle square.
 
     Raises:
         ValueError: if the name leaves the folder, or is no picture that can be read.
     """
     file = file_inside(folder.resolve(), name)
-    picture = np.asarray(ImageOps.fit(read_picture(file), (THUMBNAIL, THUMBNAIL)), float)
+    whole = read_picture(file)
+    seen = parts(MIDDLE if preprocessing is None else preprocessing, whole.size)[0]
+    picture = np.asarray(Image.fromarray(seen.see(whole)).resize((THUMBNAIL, THUMBNAIL)), float)
     if masks:
         side = round(len(masks[0]) ** 0.5)
         left = Image.fromarray(np.mean(masks, axis=0).reshape(side, side).astype(np.float32))

@@ -214,7 +214,8 @@ def _example(source: Source, pair: Mapping[str, Any]) -> Example:
         name, answer = entry["name"], pair["answers"][entry["name"]]
         packed = source.kept.get(name, {}).get((pair["image"], pair["question"]), ())
         masks = [unpack_kept(mask, entry["patches"]) for mask in packed]
-        picture = "" if source.images is None else thumbnail(source.images, pair["image"], masks)
+        seen = source.results["settings"].get("preprocessing")
+        picture = "" if source.images is None else thumbnail(source.images, pair["image"], masks, seen)
         kept = f"; {name} keeps {masks[-1].sum()} of {len(masks[-1])} patches" if masks else ""
         shots.append(Shot(name, answer, answer == pair["label"], picture, f"{pair['image']}{kept}"))
     return Example(pair["image"], pair["question"], pair["label"], shots)

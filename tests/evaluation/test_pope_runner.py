@@ -28,6 +28,7 @@ from llava_sparse.evaluation.answering import MAX_NEW_TOKENS
 from llava_sparse.evaluation.results_file import read_results
 from llava_sparse.evaluation.statistics import unpack_kept
 from llava_sparse.evaluation.units import Pictures
+from llava_sparse.reference import CHECKPOINT
 
 METHODS = ["dense", "visionzip", "sparsevlm"]
 RUNS = ["dense", "visionzip@64", "sparsevlm@64"]
@@ -66,6 +67,7 @@ def test_settings_and_versions(results):
         "attn_implementation": "sdpa",
         "weights_sha256": results["settings"]["weights_sha256"],
         "configuration_sha256": results["settings"]["configuration_sha256"],
+        "preprocessing": json.loads((CHECKPOINT / "processor_config.json").read_text())["image_processor"],
         "dataset": "reference",
         "pictures_sha256": results["settings"]["pictures_sha256"],
         "questions_sha256": results["settings"]["questions_sha256"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from typing import Any
 
@@ -14,6 +16,7 @@ from family_cases import gemini_processor, next_processor, onevision_processor
 from PIL import Image
 from tiny_qwen import processor as qwen_processor
 
+from llava_sparse.evaluation.report_parts import thumbnail
 from llava_sparse.preprocessing import Part, parts, recorded
 
 SIZES = [(600, 200), (90, 300), (100, 52), (40, 90), (57, 57)]
@@ -96,6 +99,20 @@ def test_what_is_drawn_is_what_the_model_sees(make, far, size):
         else:
             edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             assert np.abs(np.subtract(edges, place)).max() < 2
+
+
+@pytest.mark.parametrize("make", [clip, lambda: clip(do_center_crop=False, size={"height": 56, "width": 56}), padding])
+def test_thumbnails_show_what_the_model_sees(make, tmp_path):
+    """A wide picture, red at its left end: cropped away, squashed, or with padding above and below."""
+    picture = np.full((200, 600, 3), 128, np.uint8)
+    picture[:, :150] = RED
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    processor = make()
+    uri = thumbnail(tmp_path, "wide.png", [], recorded(processor))
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+    (seen,) = pixels(processor, Image.fromarray(picture))
+    share = [((x[..., 0] > 200) & (x[..., 1] < 90)).mean() for x in (shown, seen)]
+    assert abs(share[0] - share[1]) < 0.02
 
 
 def test_the_side_is_the_models_own():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 import llava_sparse
-from llava_sparse import cli, evaluation, preparation
+from llava_sparse import cli, evaluation, preparation, progress
 from llava_sparse.evaluation import plan_runs, split_methods
 from llava_sparse.reference import CHECKPOINT, SCENES
 
@@ -53,6 +55,21 @@ def test_help_has_an_example(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0
     assert f"Example: llava-sparse {' '.join(command)}" in out
+
+
+def test_progress_in_a_file_tells_how_long_it_takes(monkeypatch):
+    now, out = [0.0], io.StringIO()
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    with progress.Advance(Console(file=out), True, unit="questions") as advance:
+        for done, time in ((20, 5), (30, 15), (40, 45), (44, 50), (400, 500), (620, 600)):
+            now[0] = time
+            advance("visionzip@64", done, 620)
+    assert out.getvalue().splitlines() == [
+        "visionzip@64: 20 of 620 questions",
+        "visionzip@64: 40 of 620 questions, about 19 minutes left",
+        "visionzip@64: 400 of 620 questions, about 5 minutes left",
+        "visionzip@64: 620 of 620 questions",
+    ]
 
 
 def test_methods(run):
