@@ -21,9 +21,9 @@ from rich.table import Table
 
 from llava_sparse.benchmark.run import environment
 from llava_sparse.evaluation import evaluate_pope, load_model, load_pope
-from llava_sparse.evaluation.answering import MAX_NEW_TOKENS
-from llava_sparse.evaluation.report import check_output, write_json
-from llava_sparse.evaluation.runs import plan_runs
+from llava_sparse.evaluation.answer import MAX_NEW_TOKENS
+from llava_sparse.evaluation.files import check_output, write_json
+from llava_sparse.evaluation.plan import plan_runs
 
 Answers = dict[tuple[str, str], str]
 

@@ -11,7 +11,7 @@ import torch
 
 import llava_sparse
 from llava_sparse.evaluation import load_model
-from llava_sparse.evaluation.models import fill_prompt
+from llava_sparse.evaluation.model import fill_prompt
 from llava_sparse.pictures import read_picture
 from llava_sparse.reference import SCENES
 

@@ -19,7 +19,7 @@ from study import bounded, fill, markdown, save
 
 from llava_sparse import list_methods
 from llava_sparse.benchmark import bench
-from llava_sparse.evaluation import evaluate_pope, load_model
+from llava_sparse.evaluation import evaluate_pope, figures, load_model
 
 log = Console(stderr=True)
 BUDGETS = (192, 128, 64, 32, 16)
@@ -136,12 +136,10 @@ def pareto(found: dict[int, dict[str, Any]], times: dict[str, Any]) -> tuple[Any
         if not front or points[name][1] > points[front[-1]][1]:
             front.append(name)
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    markers = "osv^D<>PX*dhp8"
-    for number, method in enumerate(dict.fromkeys(name.partition("@")[0] for name in points)):
+    names = list(dict.fromkeys(name.partition("@")[0] for name in points))
+    for method, style in zip(names, figures.styles(names), strict=True):
         line = sorted(place for name, place in points.items() if name.partition("@")[0] == method)
-        axes.plot(
-            *zip(*line, strict=True), marker=markers[number % len(markers)], color=f"C{number % 10}", label=method
-        )
+        axes.plot(*zip(*line, strict=True), label=method, **style)
     axes.plot(
         *zip(*(points[name] for name in front), strict=True), color="black", lw=5, alpha=0.15, label="Pareto front"
     )

@@ -19,7 +19,7 @@ from tuning.measure import measure
 from tuning.rendered import write_conversations
 from tuning.training import PARTS, Tuning, tune
 
-from llava_sparse.evaluation.models import resolve_device
+from llava_sparse.evaluation.model import resolve_device
 from llava_sparse.reference import CHECKPOINT
 
 

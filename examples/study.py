@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from llava_sparse.evaluation import evaluate_pope, figures, load_model
-from llava_sparse.evaluation.analysis import failure_curves, load_objects, read_log
+from llava_sparse.evaluation.answer_log import read_log
+from llava_sparse.evaluation.failures import failure_curves, load_objects
 from llava_sparse.evaluation.statistics import kept_overlap, unpack_kept
 from llava_sparse.reference import SCENES
 
@@ -66,8 +67,9 @@ def run(part: Part, folder: Path, limit: int | None, loaded: Any) -> dict[str, A
         batch_size=24, limit=limit, output=folder / f"{part.name}.json",
         on_progress=lambda name, done, total: log.print(f"  {name}: {done}/{total}") if done in (0, total) else None,
     )  # fmt: skip
-    _, lines = read_log(folder / f"{part.name}.answers.jsonl")
-    kept = {name: {pair: line["kept"] for pair, line in found.items()} for name, found in lines.items()}
+    kept: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for (name, *pair), line in read_log(folder / f"{part.name}.answers.jsonl")[1].items():
+        kept.setdefault(name, {})[pair[0], pair[1]] = line["kept"]
     return {**results, "kept": kept}
 
 

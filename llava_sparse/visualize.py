@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from .drawing import Stage, Trace, draw
-from .evaluation.models import DENSE, LoadedModel, ask, check_methods, fill_in, load_model
-from .evaluation.report import check_output
+from .evaluation.files import check_output
+from .evaluation.model import LoadedModel, ask, check_methods, fill_in, load_model
 from .families import model_types
 from .layouts import blocks
 from .modeling.pruning_types import Selection
@@ -79,6 +79,7 @@ def trace(
     prompt: str | None = None,
     video: bool = False,
     drawn: bool = True,
+    max_new_tokens: int = 128,
 ) -> Trace:
     """Asks a model about pictures, or about one video, and records what was pruned on the way.
 
@@ -88,6 +89,7 @@ def trace(
         budget: visual tokens retained, or a ratio of the dense model's; without meaning for dense.
         prompt: with `<image>` and `{question}`; None for the model's own.
         drawn: whether the trace is to be drawn; without, it has no blocks.
+        max_new_tokens: of the answer.
 
     Raises:
         ValueError: for an unknown method, an invalid budget, prompt or question; to be drawn, also for a processor
@@ -95,13 +97,13 @@ def trace(
     """
     model, processor = loaded.with_method(method, budget), loaded.processor
     prompt = loaded.prompt(False, len(shown), video) if prompt is None else prompt
-    answer = ask(model, processor, shown, question, prompt, video=video)
+    answer = ask(model, processor, shown, question, prompt, max_new_tokens, video)
     text, inputs = fill_in(model, processor, shown, question, prompt, video)
     token = processor.video_token if video else processor.image_token
     ids = inputs["input_ids"][0]
     visual = (ids == processor.tokenizer.convert_tokens_to_ids(token)).nonzero().flatten()
     tokens, behind = len(visual), text.rindex(token) + len(token)
-    sparsifier = None if method == DENSE else model.model.sparsifier
+    sparsifier = None if method in UNPRUNED else model.model.sparsifier
     if sparsifier is None:
         layout = blocks(model, processor, inputs, shown, video, tokens) if drawn else []
         return Trace(method, answer, tokens, layout, (), text[behind:], ())

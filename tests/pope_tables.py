@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from llava_sparse.evaluation.data import FEATURES, SPLITS
+from llava_sparse.evaluation.tasks.pope import FEATURES, SPLITS
 
 
 def encoded(color: str = "red", kind: str = "PNG") -> bytes:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_sparse.evaluation import Asker, LoadedModel, evaluate_pope, load_model, load_pope
-from llava_sparse.evaluation.build import write_pope
+from llava_sparse.evaluation.tasks.build import write_pope
 from llava_sparse.evaluation.units import Pictures, read_rows
 
 from .scenes import CATEGORIES, Assets, write_question_folder

@@ -12,7 +12,8 @@ import datasets
 import torch
 from torch import Tensor
 
-from llava_sparse.evaluation.data_checks import IMAGE_TOKEN, Report, file_inside, is_text, refuse, show
+from llava_sparse.evaluation.files import Report, is_text, refuse, show
+from llava_sparse.evaluation.tasks.rows import IMAGE_TOKEN, file_inside
 from llava_sparse.pictures import read_picture
 
 IGNORED = -100

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import llava_sparse
-from llava_sparse.evaluation.data_checks import refuse
+from llava_sparse.evaluation.files import refuse
 
 from .data import Collator, load_conversations
 

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from .profile import profile
-from .report import load_results, plot, stage_table, table, write_results
-from .run import bench
+from .profile import profile, profile_runs
+from .report import load_results, plot, stage_table, table, tables, write_results
+from .run import Settings, bench, measure
 from .shapes import SHAPES, build_model
 
-__all__ = ["SHAPES", "bench", "build_model", "load_results", "plot", "profile", "stage_table", "table", "write_results"]
+__all__ = [
+    "SHAPES",
+    "Settings",
+    "bench",
+    "build_model",
+    "load_results",
+    "measure",
+    "plot",
+    "profile",
+    "profile_runs",
+    "stage_table",
+    "table",
+    "tables",
+    "write_results",
+]

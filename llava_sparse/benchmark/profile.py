@@ -11,44 +11,48 @@ import torch
 from torch.profiler import ProfilerActivity
 
 import llava_sparse
-from llava_sparse.evaluation.runs import DENSE
+from llava_sparse.evaluation.plan import DENSE
 
-from .run import plan
+from .run import Settings
 from .shapes import make_inputs, open_model
 
 ROWS = 20
 
 
-@torch.inference_mode()
 def profile(
     model: Any = None,
     shape: str | None = None,
-    methods: Sequence[str] = ("visionzip", "sparsevlm"),
-    budgets: Sequence[float] = (64,),
+    methods: Sequence[str] = Settings.methods,
+    budgets: Sequence[float] = Settings.budgets,
     *,
+    folder: str | Path,
     batch_size: int = 1,
     text_tokens: int = 40,
-    dtype: str = "auto",
-    device: str = "auto",
-    folder: str | Path,
+    **loading: Any,
 ) -> dict[str, str]:
+    """As `profile_runs`, of keywords: the fields of `Settings`, and what `load_model` takes."""
+    places = {"batch_sizes": [batch_size], "text_tokens": [text_tokens]}
+    return profile_runs(Settings.of(model, shape, methods, budgets, **places, **loading), folder)
+
+
+@torch.inference_mode()
+def profile_runs(settings: Settings, folder: str | Path) -> dict[str, str]:
     """Profiles one prefill of every run, warmed up.
 
     Args:
-        model, shape, methods, budgets: as of `bench`.
+        settings: of which the first batch size and number of words count.
         folder: for a trace of each run, `<run>.trace.json`, which chrome://tracing and Perfetto open.
 
     Returns:
         for each run a table of the operations that take longest.
     """
-    runs = plan(methods, budgets)
-    dense = open_model(model, shape, dtype, device)
+    dense = open_model(settings.model, settings.shape, **settings.loading)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = dense.device.type == "cuda"
-    inputs = make_inputs(dense, batch_size, text_tokens)
+    inputs = make_inputs(dense, settings.batch_sizes[0], settings.text_tokens[0])
     tables = {}
-    for run in runs:
+    for run in settings.runs:
         pruned = dense if run.method == DENSE else llava_sparse.sparsify(dense, run.method, **run.sparsity)
         for _ in range(2):
             pruned(**inputs, use_cache=True, logits_to_keep=1)

@@ -1,18 +1,22 @@
-"""Results of the benchmark: a JSON file, a table, a figure."""
+"""Results of the benchmark: a JSON file, tables, a figure."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import rich.table
 from matplotlib.figure import Figure
-from rich.table import Table
 
-from llava_sparse.evaluation.report import write_json
-from llava_sparse.evaluation.runs import DENSE
+from llava_sparse.evaluation.figures import legend, new_figure, styles, theme
+from llava_sparse.evaluation.files import check_regular, parse_json, write_json
+from llava_sparse.evaluation.plan import DENSE
+from llava_sparse.evaluation.tables import Table
 
 STAGES = ("vision tower", "projector", "selection", "decoder")
+# Parts of a file.
+KINDS = {"settings": dict, "environment": dict, "rates": dict, "results": list}
+HEAD = ["batch", "words", "attention", "run"]
 
 
 def write_results(results: dict[str, Any], path: str | Path) -> None:
@@ -25,20 +29,18 @@ def load_results(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: if the file holds something else.
-        OSError: if it cannot be read.
+        OSError: if it is no regular file, or cannot be read.
     """
+    check_regular(Path(path))
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not all(isinstance(found[name], kind) for name, kind in _PARTS.items()):
+        found: dict[str, Any] = parse_json(Path(path).read_bytes())
+        if not all(isinstance(found[name], kind) for name, kind in KINDS.items()):
             raise TypeError
         for entry in found["results"]:
             entry["run"], entry["place"]["batch_size"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: these are no results of llava-sparse bench.") from error
     return found
-
-
-_PARTS = {"settings": dict, "environment": dict, "rates": dict, "results": list}
 
 
 def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -61,51 +63,50 @@ def _times_of_floor(entry: dict[str, Any]) -> str:
     )
 
 
-def table(results: dict[str, Any]) -> Table:
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Times, and the stages of a prefill."""
+    return [_times_table(results), _stages_table(results)]
+
+
+def table(results: dict[str, Any]) -> rich.table.Table:
     """A row for every run at every place: milliseconds, how many times faster than dense, arithmetic, memory."""
-    settings = results["settings"]
-    tokens = settings["new_tokens"]
-    columns = (
-        "prefill",
-        "decode, a token",
-        f"generate {tokens}",
-        "of floor",
-        "selection",
-        "GFLOP",
-        "by formula",
-        "cache",
-        "peak",
-    )
-    found = Table("batch", "words", "attention", "run", *columns, title=_title(results))
-    places = None
-    for entry in results["results"]:
-        if places not in (None, _place(entry)):
-            found.add_section()
-        places = _place(entry)
-        head = [*(str(value) for value in places), entry["run"]]
-        if "error" in entry:
-            found.add_row(*head, entry["error"])
-            continue
-        formula = sum(entry["flops_by_formula"].values())
-        peak = entry["peak_bytes"]
-        found.add_row(
-            *head,
-            *(_times(entry, measure) for measure in ("prefill", "decode", "generate")),
-            _times_of_floor(entry),
-            f"{1000 * entry['stages']['selection']:.2f}" if entry["run"] != DENSE else "",
-            f"{entry['flops'] / 1e9:.1f}",
-            f"{100 * (formula / entry['flops'] - 1):+.1f} %",
-            f"{entry['kv_bytes'] / 2**20:.1f} MiB{_share(entry)}",
-            "" if peak is None else f"{peak / 2**20:.0f} MiB",
-        )
-    return found
+    return _times_table(results).rich()
 
 
-def stage_table(results: dict[str, Any]) -> Table:
+def stage_table(results: dict[str, Any]) -> rich.table.Table:
     """A row for every run at every place: milliseconds of the prefill's stages, and how many times their floors."""
-    found = Table(
-        "batch", "words", "attention", "run", *STAGES, "selection / dense prefill", title="Stages of a prefill"
-    )
+    return _stages_table(results).rich()
+
+
+def _times_table(results: dict[str, Any]) -> Table:
+    columns = ["prefill", "decode, a token", f"generate {results['settings']['new_tokens']}", "of floor", "selection"]
+    columns = [*HEAD, *columns, "GFLOP", "by formula", "cache", "peak"]
+    rows: list[list[str]] = []
+    sections = []
+    for number, entry in enumerate(results["results"]):
+        if number and _place(entry) != _place(results["results"][number - 1]):
+            sections.append(number)
+        head = [*(str(value) for value in _place(entry)), entry["run"]]
+        cells = [entry["error"]] if "error" in entry else _measured(entry)
+        rows.append([*head, *cells, *[""] * (len(columns) - len(head) - len(cells))])
+    return Table("", columns, rows, headers=len(HEAD), title=_title(results), sections=sections)
+
+
+def _measured(entry: dict[str, Any]) -> list[str]:
+    formula, peak = sum(entry["flops_by_formula"].values()), entry["peak_bytes"]
+    return [
+        *(_times(entry, measure) for measure in ("prefill", "decode", "generate")),
+        _times_of_floor(entry),
+        f"{1000 * entry['stages']['selection']:.2f}" if entry["run"] != DENSE else "",
+        f"{entry['flops'] / 1e9:.1f}",
+        f"{100 * (formula / entry['flops'] - 1):+.1f} %",
+        f"{entry['kv_bytes'] / 2**20:.1f} MiB{_share(entry)}",
+        "" if peak is None else f"{peak / 2**20:.0f} MiB",
+    ]
+
+
+def _stages_table(results: dict[str, Any]) -> Table:
+    rows: list[list[str]] = []
     dense: float | None = None
     for entry in results["results"]:
         if entry["run"] == DENSE:
@@ -118,8 +119,9 @@ def stage_table(results: dict[str, Any]) -> Table:
             for stage in STAGES
         ]
         share = "" if dense is None else f"{100 * entry['stages']['selection'] / dense:.1f} %"
-        found.add_row(*(str(value) for value in _place(entry)), entry["run"], *cells, share)
-    return found
+        rows.append([*(str(value) for value in _place(entry)), entry["run"], *cells, share])
+    columns = [*HEAD, *STAGES, "selection / dense prefill"]
+    return Table("", columns, rows, headers=len(HEAD), title="Stages of a prefill")
 
 
 def _share(entry: dict[str, Any]) -> str:
@@ -139,43 +141,51 @@ def _title(results: dict[str, Any]) -> str:
 def plot(results: dict[str, Any]) -> Figure:
     """Two panels: the prefill's time and the cache against visual tokens, and speed-up against batch size.
 
-    Where a speed-up line is below 1, pruning does not pay.
+    Where a speed-up line is below 1, pruning does not pay. A method has one colour in both.
     """
     entries = [entry for entry in results["results"] if "error" not in entry]
     first = _place(entries[0])[1:]
     entries = [entry for entry in entries if _place(entry)[1:] == first]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    memory = left.twinx()
+    with theme():
+        figure, (left, right) = new_figure(2)
+        _plot_times(left, entries)
+        _plot_speed_up(right, entries)
+        legend(figure)
+    return figure
+
+
+def _plot_times(axes: Any, entries: list[dict[str, Any]]) -> None:
+    memory = axes.twinx()
+    memory.grid(visible=False)
     largest = max(entry["place"]["batch_size"] for entry in entries)
     shown = [entry for entry in entries if entry["place"]["batch_size"] == largest]
     kinds = sorted({entry["run"].partition("@")[0] for entry in shown} - {DENSE})
     dense = [entry for entry in shown if entry["run"] == DENSE]
-    for number, kind in enumerate(kinds):
+    for kind, style in zip(kinds, styles(kinds), strict=True):
         line = sorted([e for e in shown if e["run"].partition("@")[0] == kind] + dense, key=_visual_tokens)
         tokens = [_visual_tokens(entry) for entry in line]
-        times = [1000 * entry["seconds"]["prefill"]["median"] for entry in line]
-        left.plot(tokens, times, "o-", color=f"C{number}", label=kind)
-        memory.plot(tokens, [entry["kv_bytes"] / 2**20 for entry in line], "x:", color=f"C{number}")
-    left.set(xlabel="visual tokens in the cache, mean over layers", ylabel="prefill, ms (circles)", ylim=(0, None))
+        axes.plot(tokens, [1000 * entry["seconds"]["prefill"]["median"] for entry in line], label=kind, **style)
+        cache = [entry["kv_bytes"] / 2**20 for entry in line]
+        memory.plot(tokens, cache, **{**style, "marker": "x", "linestyle": ":"})
+    axes.set(xlabel="visual tokens in the cache, mean over layers", ylabel="prefill, ms", ylim=(0, None))
+    axes.set_title(f"batch {largest}")
     memory.set(ylabel="cache, MiB (crosses)", ylim=(0, None))
-    left.set_title(f"batch {largest}")
-    if kinds:
-        left.legend()
+
+
+def _plot_speed_up(axes: Any, entries: list[dict[str, Any]]) -> None:
     compared = [entry for entry in entries if entry["run"] != DENSE and "speedup" in entry]
-    for run in dict.fromkeys(entry["run"] for entry in compared):
+    runs = list(dict.fromkeys(entry["run"] for entry in compared))
+    for run, style in zip(runs, styles(runs), strict=True):
         line = sorted((e for e in compared if e["run"] == run), key=lambda e: e["place"]["batch_size"])
         sizes = [entry["place"]["batch_size"] for entry in line]
         ratios = [entry["speedup"]["prefill"] for entry in line]
         error = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
-        right.errorbar(sizes, [r["median"] for r in ratios], yerr=error, marker="o", capsize=3, label=run)
-    right.axhline(1, color="black", linewidth=0.8)
-    right.set(xlabel="batch size", ylabel="prefill: times faster than dense", xscale="log", ylim=(0, None))
-    right.set_xticks(sorted({e["place"]["batch_size"] for e in entries}), minor=False)
-    right.xaxis.set_major_formatter("{x:.0f}")
-    if compared:
-        right.legend()
-    return figure
+        axes.errorbar(sizes, [r["median"] for r in ratios], yerr=error, capsize=3, **style)
+        axes.annotate(f" {run.partition('@')[2]}", (sizes[-1], ratios[-1]["median"]), fontsize=8, color=style["color"])
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="batch size", ylabel="prefill: times faster than dense", xscale="log", ylim=(0, None))
+    axes.set_xticks(sorted({e["place"]["batch_size"] for e in entries}), minor=False)
+    axes.xaxis.set_major_formatter("{x:.0f}")
 
 
 def _visual_tokens(entry: dict[str, Any]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import CompileConfig
 
 import llava_sparse
-from llava_sparse.evaluation.report import check_output, versions
-from llava_sparse.evaluation.runs import DENSE, Run, plan_runs
+from llava_sparse.evaluation.files import check_output, same_settings
+from llava_sparse.evaluation.plan import DENSE, Run, plan_runs
+from llava_sparse.evaluation.results import versions
+from llava_sparse.evaluation.run import LOADING
 from llava_sparse.modeling.pruning_cache import CACHE
 from llava_sparse.plugins import plugin_files
 from llava_sparse.reference import CHECKPOINT
@@ -39,32 +41,70 @@ class Place:
     attn_implementation: str
 
 
-def bench(
-    model: Any = None,
-    shape: str | None = None,
-    methods: Sequence[str] = ("visionzip", "sparsevlm"),
-    budgets: Sequence[float] = (64,),
-    *,
-    batch_sizes: Sequence[int] = (1,),
-    text_tokens: Sequence[int] = (40,),
-    attn_implementations: Sequence[str] = ("sdpa",),
-    new_tokens: int = 64,
-    rounds: int = 5,
-    warm_up: int = 1,
-    compiled: bool = False,
-    dtype: str = "auto",
-    device: str = "auto",
-    output: str | Path | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measures what every stage costs, against the dense model.
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
 
-    Args:
+    Attributes:
         model: a Hub id, a folder or a loaded LLaVA; or `shape`, one of `SHAPES`, with random weights.
         methods, budgets: as of `evaluate_pope`; the dense model is always measured too.
+        batch_sizes, text_tokens, attn_implementations: of the places that are measured, each with each.
         new_tokens: of the end-to-end time; rounds: of interleaved measurements; warm_up: rounds before them.
         compiled: whether towers and decoders, the dense model's too, are compiled.
         output: JSON file, written whenever a place is done; what it has already is not measured again.
+        loading: dtype, device and the fields of `Memory`, for `load_model`.
+    """
+
+    model: Any = None
+    shape: str | None = None
+    methods: Sequence[str] = ("visionzip", "sparsevlm")
+    budgets: Sequence[float] = (64,)
+    batch_sizes: Sequence[int] = (1,)
+    text_tokens: Sequence[int] = (40,)
+    attn_implementations: Sequence[str] = ("sdpa",)
+    new_tokens: int = 64
+    rounds: int = 5
+    warm_up: int = 1
+    compiled: bool = False
+    output: str | Path | None = None
+    loading: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_numbers(batch_sizes=(self.batch_sizes, 1), text_tokens=(self.text_tokens, 2), rounds=([self.rounds], 1))
+        _check_numbers(new_tokens=([self.new_tokens], 1), warm_up=([self.warm_up], 0))
+        if self.output is not None:
+            check_output(self.output)
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs of `methods` with all `budgets`, behind the dense model."""
+        return plan_runs([DENSE, *(name for name in self.methods if name != DENSE)], self.budgets)
+
+    @classmethod
+    def of(cls, *given: Any, **keywords: Any) -> Settings:
+        """Of keywords, those of `load_model` among them."""
+        keywords["loading"] = {name: keywords.pop(name) for name in LOADING & keywords.keys()}
+        return cls(*given, **keywords)
+
+
+def bench(
+    model: Any = None,
+    shape: str | None = None,
+    methods: Sequence[str] = Settings.methods,
+    budgets: Sequence[float] = Settings.budgets,
+    *,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """As `measure`, of keywords: the fields of `Settings`, and what `load_model` takes."""
+    return measure(Settings.of(model, shape, methods, budgets, **settings), on_progress)
+
+
+def measure(settings: Settings, on_progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+    """Measures what every stage costs, against the dense model.
+
+    Args:
+        settings: what is measured.
         on_progress: called with what is measured, and how many of all rounds are done.
 
     Returns:
@@ -75,31 +115,25 @@ def bench(
         ValueError: for a setting that is not allowed, or an output that was begun with others.
         OSError: if the output cannot be written, or the model cannot be read.
     """
-    runs = plan(methods, budgets)
-    _check_numbers(batch_sizes=(batch_sizes, 1), text_tokens=(text_tokens, 2), rounds=([rounds], 1))
-    _check_numbers(new_tokens=([new_tokens], 1), warm_up=([warm_up], 0))
-    if output is not None:
-        check_output(output)
+    runs, output = settings.runs, settings.output
     old = load_results(output) if output is not None and Path(output).exists() else None
-    dense = open_model(model, shape, dtype, device)
-    settings = {
-        "model": shape or dense.config.name_or_path.replace(str(CHECKPOINT), "reference"),
+    dense = open_model(settings.model, settings.shape, **settings.loading)
+    described = {
+        "model": settings.shape or dense.config.name_or_path.replace(str(CHECKPOINT), "reference"),
         "dtype": str(dense.dtype).removeprefix("torch."),
-        "new_tokens": new_tokens,
-        "rounds": rounds,
-        "warm_up": warm_up,
-        "compiled": compiled,
+        **{name: getattr(settings, name) for name in ("new_tokens", "rounds", "warm_up", "compiled")},
         "runs": [run.name for run in runs],
         **plugin_files(run.method for run in runs),
     }
-    places = [Place(*values) for values in product(batch_sizes, text_tokens, attn_implementations)]
+    placed = product(settings.batch_sizes, settings.text_tokens, settings.attn_implementations)
+    places = [Place(*values) for values in placed]
     backend, threads = dense.config._attn_implementation, torch.get_num_threads()
     try:
         if old is not None:
             torch.set_num_threads(old["environment"].get("threads", threads))
-        found = _start(dense, settings, old, output)
+        found = _start(dense, described, old, output)
         places = [place for place in places if asdict(place) not in [result["place"] for result in found["results"]]]
-        progress = _Progress(on_progress, len(places) * len(MEASURES) * (rounds + warm_up))
+        progress = _Progress(on_progress, len(places) * len(MEASURES) * (settings.rounds + settings.warm_up))
         for place in places:
             found["results"] += _measure(dense, runs, place, found, progress)
             if output is not None:
@@ -108,15 +142,6 @@ def bench(
         dense.set_attn_implementation(backend)
         torch.set_num_threads(threads)
     return found
-
-
-def plan(methods: Sequence[str], budgets: Sequence[float]) -> list[Run]:
-    """The runs of `methods` with all `budgets`, behind the dense model.
-
-    Raises:
-        ValueError: for an unknown method, option or budget.
-    """
-    return plan_runs([DENSE, *(name for name in methods if name != DENSE)], budgets)
 
 
 class _Progress:
@@ -150,13 +175,7 @@ def _start(
     new: dict[str, Any] = {"settings": settings, "environment": environment(dense.device)}
     if old is None:
         return {**new, "rates": machine_rates(dense.device, dense.dtype), "results": []}
-    for part in new:
-        for name, value in new[part].items():
-            if old[part].get(name) != value:
-                raise ValueError(
-                    f"{output} was begun with {name}={old[part].get(name)!r}, not {value!r}; "
-                    "allowed: the same, or another output."
-                )
+    same_settings(Path(output or ""), old, new, "go on with the same, or choose another output.")
     return old
 
 

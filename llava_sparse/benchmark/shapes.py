@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import llava_sparse
-from llava_sparse.evaluation.models import load_model, resolve_device, resolve_dtype
-from llava_sparse.evaluation.runs import DENSE
+from llava_sparse.evaluation.model import load_model, resolve_device, resolve_dtype
+from llava_sparse.evaluation.plan import DENSE
 from llava_sparse.modeling.pruning_settings import nearest
 
 _VIT_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
@@ -66,10 +66,10 @@ def build_model(shape: str, dtype: torch.dtype, device: torch.device | str) -> L
     return model.eval()
 
 
-def open_model(model: Any, shape: str | None, dtype: str, device: str) -> Any:
+def open_model(model: Any, shape: str | None, dtype: str = "auto", device: str = "auto", **memory: Any) -> Any:
     """A dense LLaVA: a loaded one, without its method if it has one; by Hub id or folder; or of a shape.
 
-    None for both is the reference model.
+    None for both is the reference model; `memory` is what `load_model` takes beside dtype and device.
 
     Raises:
         ValueError: for a model and a shape, an unknown shape, dtype or device, or what is no LLaVA.
@@ -78,11 +78,13 @@ def open_model(model: Any, shape: str | None, dtype: str, device: str) -> Any:
     if shape is not None and model is not None:
         raise ValueError("model, shape: one of them is allowed.")
     if shape is not None:
+        if any(memory.values()):
+            raise ValueError(f"shape: random weights are not quantised or spread; {', '.join(memory)} go with a model.")
         chosen = resolve_device(device)
         kind = resolve_dtype(dtype, chosen)
         return build_model(shape, kind if isinstance(kind, torch.dtype) else torch.bfloat16, chosen)
     if model is None or isinstance(model, str | Path):
-        return load_model(model, dtype, device).with_method(DENSE)
+        return load_model(model, dtype, device, **memory).with_method(DENSE)
     return llava_sparse.sparsify(model, None) if getattr(model.config, "sparse_method", None) else model
 
 

@@ -1,22 +1,45 @@
-"""Answers on disk as they come: an append-only file of JSON lines, from which a run that was killed goes on."""
+"""Answers on disk as they come: JSON lines with keys, from which an evaluation that was killed goes on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-FORMAT = "llava-sparse answers 1"
+from .files import Masks, Number, Text, Tokens, check_regular, parse_json, read_as, same_settings
+
+FORMAT = "llava-sparse answers 2"
+# The first version did not say whether answers were cut.
+FORMATS = ("llava-sparse answers 1", FORMAT)
 # What every log begins with.
 _START = b'{"format": "llava-sparse answers '
 # What a line answers: the run's name, the image and the question.
 Key = tuple[str, str, str]
+Line = dict[str, Any]
+
+
+@dataclass
+class _Line:
+    """The types of a line."""
+
+    run: Text
+    image: Text
+    question: Text
+    answer: Text
+    score: Number = 0.0
+    visual_tokens: Tokens = None
+    kept: Masks = ()  # type: ignore[assignment]
+
+
+def key_of(run: str, pair: tuple[str, str]) -> Key:
+    """The key of a run's answer to a pair."""
+    return run, *pair
 
 
 def log_path(output: Path) -> Path:
@@ -24,12 +47,56 @@ def log_path(output: Path) -> Path:
     return output.with_name(output.name.removesuffix(".json") + ".answers.jsonl")
 
 
-class AnswerLog:
-    """The answers of an evaluation.
+def read_log(path: str | Path, torn: bool = True) -> tuple[dict[str, Any], dict[Key, Line], int]:
+    """A log of answers.
 
-    The lines have one order that the settings determine, and whole units (batches that are answered together) alone
-    count: what a run that was killed left of an unfinished one is cut off and answered again, so that a file that was
-    continued has the same bytes as one written at a stretch.
+    Args:
+        torn: whether a last line counts of which only the end of line is missing.
+
+    Returns:
+        the header, the line of each key, and how many bytes whole lines take. The last line may be cut short: an
+        answer that is not there.
+
+    Raises:
+        ValueError: for another file, invalid lines before the last, and a key with two lines, naming file and line.
+        OSError: if it is no regular file, or cannot be read.
+    """
+    path = Path(path)
+    check_regular(path)
+    *whole, tail = path.read_bytes().split(b"\n")
+    size = sum(map(len, whole)) + len(whole)
+    header: dict[str, Any] = {}
+    lines: dict[Key, Line] = {}
+    for n, raw in enumerate([*whole, tail] if torn else whole, start=1):
+        where = f"{path.name}, line {n}"
+        try:
+            line = parse_json(raw)
+        except ValueError as error:
+            if n > len(whole):
+                break
+            raise ValueError(f"{where}: invalid JSON ({error}): not a log of answers.") from error
+        if n == 1:
+            header = line if isinstance(line, dict) else {}
+            if header.get("format") not in FORMATS:
+                raise ValueError(f"{where}: no format {FORMAT!r}: not a log of answers of this version.")
+            continue
+        if not isinstance(line, dict):
+            raise ValueError(f"{where}: {type(line).__name__}: not a log of answers; one object a line is allowed.")
+        read_as(_Line, line, f"{where}, answer")
+        key = line["run"], line["image"], line["question"]
+        if key in lines:
+            raise ValueError(f"{where}: run {key[0]!r} has another answer to {key[1:]} before.")
+        lines[key] = line
+    if not header:
+        raise ValueError(f"{path.name}: the first line has no format {FORMAT!r}; a log of answers is allowed.")
+    return header, lines, size
+
+
+class AnswerLog:
+    """The answers of an evaluation, each written as soon as it is known.
+
+    Attributes:
+        lines: those of all keys so far.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any], versions: dict[str, str]) -> None:
@@ -40,10 +107,8 @@ class AnswerLog:
             OSError: if it cannot be written, or another process is writing it.
         """
         self.path = path
-        self.lines: dict[Key, dict[str, Any]] = {}
-        self._header = {"format": FORMAT, "settings": settings, "versions": versions}
+        self.lines: dict[Key, Line] = {}
         self._file: Any = None
-        self._found: list[tuple[dict[str, Any], int]] = []
         if path is None:
             return
         # Not beside the results, where it would have to stay: a lock file that is removed locks nothing.
@@ -55,83 +120,39 @@ class AnswerLog:
             raise OSError(
                 f"{path}: another evaluation is writing it; wait for it, or choose another --output."
             ) from None
-        self._file = open(path, "a+b")  # noqa: SIM115 (open as long as the log)
         try:
-            self._read()
-        except ValueError:
-            self.close()
+            self._open(path, {"format": FORMAT, "settings": settings, "versions": versions})
+        except BaseException:
+            self._lock.release()
             raise
 
-    def _read(self) -> None:
-        self._file.seek(0)
-        start = 0
-        for number, raw in enumerate(self._file):
-            if not raw.endswith(b"\n"):
-                # A line that was being written when the process was killed.
-                if number == 0 and not raw.startswith(_START[: len(raw)]):
-                    raise ValueError(f"{self.path}: not a log of answers; choose another --output.")
-                break
-            start += len(raw)
+    def _open(self, path: Path, header: dict[str, Any]) -> None:
+        """Reads what is there, and cuts off the line that was being written when a process was killed."""
+        content = path.read_bytes() if path.is_file() else b""
+        size = 0
+        if b"\n" in content or (content and not content.startswith(_START[: len(content)])):
             try:
-                line = json.loads(raw)
+                old, self.lines, size = read_log(path, torn=False)
             except ValueError as error:
-                raise ValueError(
-                    f"{self.path}, line {number + 1}: not a log of answers; choose another file."
-                ) from error
-            if number == 0:
-                self._compare(line)
-            self._found.append((line, start))
-        if not self._found:
-            self._file.truncate(0)
-            self._append(json.dumps(self._header, ensure_ascii=False) + "\n")
+                raise ValueError(f"{path}: not a log of answers; choose another --output ({error}).") from error
+            if old["format"] != FORMAT:
+                raise ValueError(f"{path}: not a log of answers of this version; choose another --output.")
+            advice = "answers would be mixed. Choose another --output, go on with the old settings, or delete the file."
+            same_settings(path, old, {part: header[part] for part in ("settings", "versions")}, advice)
+        elif path.exists():
+            check_regular(path)
+        self._file = open(path, "r+b" if path.exists() else "xb")  # noqa: SIM115 (open as long as the log)
+        self._file.truncate(size)
+        self._file.seek(size)
+        if not size:
+            self._append(json.dumps(header, ensure_ascii=False) + "\n")
 
-    def _compare(self, header: Any) -> None:
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise ValueError(f"{self.path}: not a log of answers of this version; choose another --output.")
-        wanted = json.loads(json.dumps(self._header))
-        for part in ("settings", "versions"):
-            old, new = header[part], wanted[part]
-            for name in [*new, *(name for name in old if name not in new)]:
-                if old.get(name) != new.get(name):
-                    raise ValueError(
-                        f"{self.path} was begun with {name}={old.get(name)!r}, now it is {new.get(name)!r}: answers "
-                        "would be mixed. Choose another --output, go on with the old settings, or delete the file."
-                    )
-
-    def resume(self, units: Iterable[Sequence[Key]]) -> int:
-        """Takes over the answers of whole units that the file has; call once, with all units in order.
-
-        Returns:
-            how many units are answered already.
-
-        Raises:
-            ValueError: if a line is not the one that its place is for.
-        """
-        if self._file is None:
-            return 0
-        lines = self._found[1:]
-        end = self._found[0][1] if self._found else self._file.seek(0, os.SEEK_END)
-        done = taken = 0
-        for unit in units:
-            part = lines[taken : taken + len(unit)]
-            for key, (line, _) in zip(unit, part, strict=False):
-                if not isinstance(line, dict) or tuple(map(line.get, ("run", "image", "question"))) != key:
-                    raise ValueError(
-                        f"{self.path}: an answer to {key} is expected where {line} stands; delete the file."
-                    )
-            if len(part) < len(unit):
-                break
-            self.lines.update(zip(unit, (line for line, _ in part), strict=True))
-            taken, done, end = taken + len(unit), done + 1, part[-1][1] if part else end
-        self._file.truncate(end)
-        self._found = []
-        return done
-
-    def add(self, answers: Sequence[dict[str, Any]]) -> None:
-        """Appends the answers of a unit; they survive the process from then on."""
-        for line in answers:
-            self.lines[line["run"], line["image"], line["question"]] = line
-        self._append("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers))
+    def add(self, lines: Sequence[Line]) -> None:
+        """Appends answers; they survive the process from then on."""
+        new = {(line["run"], line["image"], line["question"]): line for line in lines}
+        new = {key: line for key, line in new.items() if key not in self.lines}
+        self.lines |= new
+        self._append("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new.values()))
 
     def _append(self, text: str) -> None:
         if self._file is not None:

@@ -1,28 +1,34 @@
-"""Figures of results: plain data in, matplotlib figures out. Runs are named by colour, marker and line together.
+"""Figures of results: plain data in, matplotlib figures out. A method has one colour and marker in all of them.
 
-An entry is a run of a results file; curves are what `analysis.failure_curves` gives of one.
+An entry is a run of a results file; curves are what `failures.failure_curves` gives of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 from scipy.special import expit
 
+from llava_sparse.modeling.pruning_registry import METHODS
+
+from .plan import BLIND, SMALL
 from .statistics import calibration, precision_recall_curve, unique_answers
 
-# Okabe and Ito's colours without yellow and black; lighter where they are drawn on a dark page.
-LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DARK = ("#56B4E9", "#F0894A", "#2FC79A", "#E3A6C8", "#F0C04A", "#B5DFFA")
-MARKERS, LINES = "osD^vPX", ("-", "--", ":", "-.")
+# Okabe and Ito's colours without yellow and black, then others that differ from them; lighter on a dark page.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#8C564B"),
+    *("#B2182B", "#5A7D00", "#0F8B8D", "#7F7F7F", "#E377C2", "#1B3A5C", "#B8A100", "#2CA02C"),
+    *("#D4A5FF", "#A05195"),
+)
+MARKERS, LINES = "osD^vPX<>phd8H*", ("-", "--", ":", "-.")
 SIZE = (5.2, 3.4)
 REFERENCE = "dense"
 FEATURES = {
@@ -46,7 +52,6 @@ def theme(dark: bool = False) -> Iterator[None]:
         **colours,
         "figure.facecolor": "#16181B" if dark else "white",
         "axes.facecolor": "none",
-        "axes.prop_cycle": cycler(color=DARK if dark else LIGHT),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -72,22 +77,15 @@ def accuracy_against_tokens(entries: Sequence[Entry], *, dark: bool = False) -> 
     """
     entries = [entry for entry in entries if entry["visual_tokens"] is not None]
     with theme(dark):
-        figure, (axes,) = _axes(1)
+        figure, (axes,) = new_figure(1)
         lines: dict[str, dict[Any, list[Entry]]] = {}
         for entry in entries:
             seeds = lines.setdefault(entry["name"].rpartition("@")[0] or entry["name"], {})
             seeds.setdefault(entry.get("seed"), []).append(entry)
-        for number, (style, (method, seeds)) in enumerate(zip(_styles(lines), lines.items(), strict=True)):
+        for number, (style, (method, seeds)) in enumerate(zip(styles(lines, dark), lines.items(), strict=True)):
             shift = 1.012 ** (number - len(lines) / 2) if method != REFERENCE else 1
-            for runs in seeds.values():
-                runs.sort(key=lambda entry: entry["visual_tokens"])
-                accuracy, bounds = zip(*map(_accuracy, runs), strict=True)
-                if method == REFERENCE:
-                    axes.axhline(accuracy[0], **{**style, "marker": ""}, linewidth=1.2)
-                    axes.axhspan(*bounds[0], color=style["color"], alpha=0.08, linewidth=0)
-                x = [shift * entry["visual_tokens"] for entry in runs]
-                label = method if runs is next(iter(seeds.values())) else "_"
-                axes.errorbar(x, accuracy, _whiskers(accuracy, bounds), label=label, **style, capsize=3)
+            for nth, runs in enumerate(seeds.values()):
+                _draw_line(axes, runs, style, shift, "_" if nth else method)
         shown = sorted({round(entry["visual_tokens"]) for entry in entries})
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
@@ -95,15 +93,26 @@ def accuracy_against_tokens(entries: Sequence[Entry], *, dark: bool = False) -> 
         axes.set_xlabel("visual tokens, mean over the decoder's layers (logarithmic)")
         axes.set_ylabel("accuracy, mean over the splits")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        _legend(figure)
+        legend(figure)
     return figure
+
+
+def _draw_line(axes: Axes, runs: list[Entry], style: dict[str, Any], shift: float, label: str) -> None:
+    """Accuracy of one method's runs against tokens; of the dense model a band, too."""
+    runs.sort(key=lambda entry: entry["visual_tokens"])
+    accuracy, bounds = zip(*map(_accuracy, runs), strict=True)
+    if runs[0]["name"] == REFERENCE:
+        axes.axhline(accuracy[0], **{**style, "marker": ""}, linewidth=1.2)
+        axes.axhspan(*bounds[0], color=style["color"], alpha=0.08, linewidth=0)
+    x = [shift * entry["visual_tokens"] for entry in runs]
+    axes.errorbar(x, accuracy, _whiskers(accuracy, bounds), label=label, **style, capsize=3)
 
 
 def precision_recall(entries: Sequence[Entry], *, dark: bool = False) -> Figure:
     """Precision against recall over all thresholds of the score, distinct pairs; a marker where yes beats no."""
     with theme(dark):
-        figure, (axes,) = _axes(1)
-        for style, entry in zip(_styles([entry["name"] for entry in entries]), entries, strict=True):
+        figure, (axes,) = new_figure(1)
+        for style, entry in zip(styles([entry["name"] for entry in entries], dark), entries, strict=True):
             labels, scores = _scored(entry)
             precision, recall, thresholds = precision_recall_curve(labels, scores)
             said = int((thresholds > 0).sum())
@@ -114,16 +123,16 @@ def precision_recall(entries: Sequence[Entry], *, dark: bool = False) -> Figure:
         axes.set_xlabel("recall")
         axes.set_ylabel("precision")
         _percent(axes, "xy")
-        _legend(figure)
+        legend(figure)
     return figure
 
 
 def calibration_curve(entries: Sequence[Entry], *, dark: bool = False) -> Figure:
     """How often yes is right against how probable the model finds it: ten bins, markers as large as their share."""
     with theme(dark):
-        figure, (axes,) = _axes(1)
+        figure, (axes,) = new_figure(1)
         axes.plot([0, 1], [0, 1], color=matplotlib.rcParams["grid.color"], linewidth=1.5)
-        for style, entry in zip(_styles([entry["name"] for entry in entries]), entries, strict=True):
+        for style, entry in zip(styles([entry["name"] for entry in entries], dark), entries, strict=True):
             labels, scores = _scored(entry)
             bins = calibration(labels, expit(scores))["bins"]
             x, y = ([part[name] for part in bins] for name in ("probability", "frequency"))
@@ -133,7 +142,7 @@ def calibration_curve(entries: Sequence[Entry], *, dark: bool = False) -> Figure
         axes.set_xlabel("probability of yes that the model gives")
         axes.set_ylabel("share of yes among the labels")
         _percent(axes, "xy")
-        _legend(figure)
+        legend(figure)
     return figure
 
 
@@ -152,14 +161,14 @@ def failure(
         rate: `"recall"` or `"false_positive_rate"`.
     """
     with theme(dark):
-        figure, panels = _axes(len(features))
-        styles = _styles([curve["run"] for curve in curves])
+        figure, panels = new_figure(len(features))
+        drawn = styles([curve["run"] for curve in curves], dark)
         for axes, feature in zip(panels, features, strict=True):
-            shown = [(s, c["run"], c[rate][feature]) for s, c in zip(styles, curves, strict=True) if feature in c[rate]]
+            shown = [(s, c["run"], c[rate][feature]) for s, c in zip(drawn, curves, strict=True) if feature in c[rate]]
             _draw_bins(axes, shown)
             axes.set_xlabel(FEATURES[feature])
             axes.set_ylabel("recall" if rate == "recall" else "absent objects that are seen")
-        _legend(figure)
+        legend(figure)
     return figure
 
 
@@ -171,10 +180,10 @@ def survival(curves: Sequence[Mapping[str, Any]], by: str = "stage", *, dark: bo
         by: `"stage"` or `"size"`.
     """
     with theme(dark):
-        figure, (axes,) = _axes(1)
-        styles = _styles([curve["run"] for curve in curves])
+        figure, (axes,) = new_figure(1)
+        drawn = styles([curve["run"] for curve in curves], dark)
         shown = []
-        for style, curve in zip(styles, curves, strict=True):
+        for style, curve in zip(drawn, curves, strict=True):
             found = curve["survival"]
             if by == "stage":
                 bins = [{"low": n, "high": n, **stage} for n, stage in enumerate(found["stages"], start=1)]
@@ -185,7 +194,7 @@ def survival(curves: Sequence[Mapping[str, Any]], by: str = "stage", *, dark: bo
         _draw_bins(axes, shown)
         axes.set_xlabel("stage" if by == "stage" else FEATURES["size"])
         axes.set_ylabel("patches of the asked object left")
-        _legend(figure)
+        legend(figure)
     return figure
 
 
@@ -209,7 +218,8 @@ def bin_name(low: float, high: float) -> str:
     return f"{low:.3g}" if low == high else f"{low:.2g}–{high:.2g}" if high <= 1 else f"{low:.0f}–{high:.0f}"
 
 
-def _axes(panels: int) -> tuple[Figure, list[Axes]]:
+def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, two in a row."""
     columns = min(2, panels)
     rows = -(-panels // columns)
     figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * rows), layout="constrained")
@@ -219,26 +229,38 @@ def _axes(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, axes[:panels]
 
 
-def _styles(names: Sequence[str] | Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Colour, marker and line of each run; the dense model has the ink's."""
-    colours = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
-    others = [name for name in names if name != REFERENCE]
-    styles = {
-        name: {
-            "color": colours[n % len(colours)],
-            "marker": MARKERS[n % len(MARKERS)],
-            "linestyle": LINES[n // len(colours) % len(LINES)],
-            "markersize": 5,
-        }
-        for n, name in enumerate(others)
-    }
-    styles[REFERENCE] = {"color": matplotlib.rcParams["text.color"], "marker": "*", "linestyle": "--", "markersize": 8}
-    return [styles[name] for name in names]
+def styles(names: Iterable[str], dark: bool = False) -> list[dict[str, Any]]:
+    """Colour, marker and line of each run: of a method always the same colour, whatever stands beside it.
+
+    Variants of a method in one figure differ by marker and line; the dense model has the ink's colour.
+    """
+    known = [*sorted(METHODS), SMALL, BLIND]
+    found, variants = [], dict[str, int]()
+    for name in names:
+        method = name.partition("@")[0].partition(":")[0]
+        if method == REFERENCE:
+            ink = matplotlib.rcParams["text.color"]
+            found.append({"color": ink, "marker": "*", "linestyle": "--", "markersize": 8})
+            continue
+        if method not in known:
+            known.append(method)
+        number, variant = known.index(method), variants.setdefault(method, 0)
+        variants[method] += 1
+        colour = to_rgb(COLOURS[number % len(COLOURS)])
+        found.append(
+            {
+                "color": tuple(0.55 * part + 0.45 for part in colour) if dark else colour,
+                "marker": MARKERS[(number + 5 * variant) % len(MARKERS)],
+                "linestyle": LINES[variant % len(LINES)],
+                "markersize": 5,
+            }
+        )
+    return found
 
 
 def _accuracy(entry: Entry) -> tuple[float, tuple[float, float]]:
     """Mean over the splits and its interval, which is empty in a file of an earlier version."""
-    average = entry.get("scores", entry)["average"]
+    average = (entry.get("scores") or entry)["average"]
     value = average["accuracy"]
     return value, tuple(average.get("intervals", {}).get("accuracy", (value, value)))
 
@@ -269,7 +291,8 @@ def _percent(axes: Axes, which: str) -> None:
         getattr(axes, f"{letter}axis").set_major_formatter(PercentFormatter(1))
 
 
-def _legend(figure: Figure) -> None:
+def legend(figure: Figure) -> None:
+    """Names the runs of the first panel below all panels."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if labels:
         columns = max(1, min(4, int(figure.get_figwidth() * 14) // (max(map(len, labels)) + 8)))

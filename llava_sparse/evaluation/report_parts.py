@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,26 +17,15 @@ from PIL import Image
 from llava_sparse.pictures import read_picture
 from llava_sparse.preprocessing import parts
 
-from .analysis import Objects, Pair
-from .data_checks import file_inside
+from .failures import Objects, Pair
 from .figures import theme
+from .results import Entry, Results
+from .tables import Table
+from .tasks.rows import file_inside
 
 THUMBNAIL = 168
 # LLaVA-1.5's checkpoints in transformers' form.
 MIDDLE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "do_center_crop": True}
-# Longer tables are folded.
-LONG = 12
-OLD_FILE = "The file was written by an earlier version"
-TITLES = {
-    "f1": "F1",
-    "yes_ratio": "yes ratio",
-    "roc_auc": "ROC-AUC",
-    "average_precision": "average precision",
-    "brier": "Brier score",
-    "ece": "ECE",
-}
-
-Entry = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,14 +34,14 @@ class Source:
 
     Attributes:
         name: of the file.
-        results: as from `read_results`.
+        results: as from `read_results`, with the timing beside them.
         kept: packed masks of each stage for each pair, by run, as far as the log beside the results has them;
             `no_kept` says why some are missing.
         objects, images: boxes, and the folder of the pictures; None if unknown.
     """
 
     name: str
-    results: Mapping[str, Any]
+    results: Results
     kept: Mapping[str, Mapping[Pair, Sequence[str]]]
     no_kept: str
     objects: Objects | None
@@ -62,26 +50,7 @@ class Source:
     @property
     def entries(self) -> Sequence[Entry]:
         """The runs."""
-        return self.results["methods"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A value with its interval."""
-
-    text: str
-    interval: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; the first `headers` cells of each row name the row. Readers open a `folded` one."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str | Cell]]
-    headers: int = 1
-    folded: bool = False
+        return self.results.methods
 
 
 @dataclass(frozen=True)
@@ -193,58 +162,7 @@ def thumbnail(
 
 def by_budget(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
     """Runs of each budget with the dense model, so that no figure has too many lines, and words that name them."""
-    budgets = sorted({entry["budget"] for entry in entries} - {None})
+    budgets = sorted({entry.budget for entry in entries if entry.budget is not None})
     if len(budgets) < 2:
         return [("", list(entries))]
-    return [(f", budget {b}", [entry for entry in entries if entry["budget"] in (None, b)]) for b in budgets]
-
-
-def parts_of(entry: Entry) -> Mapping[str, Any]:
-    """Scores of each set; a file of an earlier version has those of the splits and their mean alone."""
-    return entry.get("scores", entry)
-
-
-def title_of(metric: str) -> str:
-    """A metric as papers write it."""
-    return TITLES.get(metric, metric)
-
-
-def percent(value: float) -> str:
-    """A share in percent."""
-    return f"{100 * value:.1f}"
-
-
-def bounds(interval: Sequence[float], form: str = ".1f") -> str:
-    """An interval in percent."""
-    return f"[{', '.join(format(100 * bound, form) for bound in interval)}]"
-
-
-def percent_cell(part: Mapping[str, Any], metric: str) -> Cell:
-    """A metric of a set in percent, with its interval if there is one."""
-    interval = part.get("intervals", {}).get(metric)
-    return Cell(percent(part[metric]), "" if interval is None else bounds(interval))
-
-
-def number_cell(part: Mapping[str, Any], metric: str) -> Cell:
-    """A metric of a set, with its interval if there is one."""
-    interval = part.get("intervals", {}).get(metric)
-    return Cell(f"{part[metric]:.3f}", "" if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}]")
-
-
-def rate_cell(part: Mapping[str, Any] | None) -> str | Cell:
-    """A rate of `analysis.failure_curves` with its interval and count."""
-    if part is None:
-        return "–"
-    return Cell(percent(part["rate"]), f"{bounds(part['interval'], '.0f')} of {part['count']:,}")
-
-
-def p_text(value: float) -> str:
-    """A p-value."""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def plain(value: Any) -> str:
-    """A setting as text."""
-    if value is None or value in ({}, []):
-        return "–"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return [(f", budget {b}", [entry for entry in entries if entry.budget in (None, b)]) for b in budgets]

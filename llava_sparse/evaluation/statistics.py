@@ -2,99 +2,152 @@
 
 docs/statistics.md says what each number means. An answer is one of the `answers` of a results file: a mapping with
 `split`, `question_id`, `image`, `question`, `label`, `parsed` and, where the model gave one, `score` (log-odds of yes).
+Curves take `labels` `(n,)`, 1 for yes and 0 for no, and finite `scores` `(n,)`, higher for yes; equal ones share a
+threshold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, norm
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from .curves import SCORE_METRICS, average_precision, calibration, precision_recall_curve, ratio, roc_auc, score_rates
-
-__all__ = [
-    "METRICS",
-    "average_precision",
-    "calibration",
-    "clustered_mean",
-    "cohen_kappa",
-    "compare",
-    "kept_overlap",
-    "pack_kept",
-    "precision_recall_curve",
-    "roc_auc",
-    "summarize",
-    "unique_answers",
-    "unpack_kept",
-]
-
-METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-ROW = ("split", "question_id", "image", "question", "label")
-# Resamples at a time, which bounds the memory for weights (resamples, rows).
-BATCH = 100
-
 Answer = Mapping[str, Any]
 Array = NDArray[Any]
-# Statistics (resamples, ...) of weights (resamples, images).
-Measure = Callable[[Array], Array]
+
+ROW = ("split", "question_id", "image", "question", "label")
+# Those that `score_rates` gives.
+SCORE_METRICS = ("roc_auc", "average_precision", "brier")
+# Resamples at a time, which bounds the memory for weights (resamples, rows).
+BATCH = 100
+# With fewer images, intervals hold the truth less often than they say.
+FEW_IMAGES = 50
+# Chance of finding a difference that is there, for which `questions_needed` are.
+POWER = 0.8
+
+
+def ratio(dividend: Array, divisor: Array) -> Array:
+    """The quotient, 0 where the divisor is."""
+    return np.divide(dividend, divisor, out=np.zeros(np.shape(dividend)), where=divisor != 0)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is counted of answers, and the metrics of the counts.
+
+    Attributes:
+        metrics: their names, accuracy first.
+        cells: of labels and parsed answers `(n,)` the bool counts `(n, cells)`.
+        rates: of counts `(..., cells)` the metrics `(..., metrics)`, from 0 to 1.
+        support: of counts `(..., cells)`, for each metric how many questions `(...,)` it rests on.
+    """
+
+    metrics: tuple[str, ...]
+    cells: Callable[[Array, Array], Array]
+    rates: Callable[[Array], Array]
+    support: Callable[[Array], list[Array]]
+
+
+def _yes_no_cells(labels: Array, parsed: Array) -> Array:
+    positive, said = labels == "yes", parsed == "yes"
+    return np.stack([positive & said, ~positive & said, positive & ~said, ~positive & ~said], axis=-1)
+
+
+def _yes_no_rates(cells: Array) -> Array:
+    hits, alarms, misses, _ = np.moveaxis(cells, -1, 0)
+    total = cells.sum(axis=-1)
+    precision, recall = ratio(hits, hits + alarms), ratio(hits, hits + misses)
+    f1 = ratio(2 * precision * recall, precision + recall)
+    return np.stack(
+        [ratio(total - alarms - misses, total), precision, recall, f1, ratio(hits + alarms, total)], axis=-1
+    )
+
+
+def _yes_no_support(cells: Array) -> list[Array]:
+    hits, alarms, misses, rest = np.moveaxis(cells, -1, 0)
+    total = hits + alarms + misses + rest
+    return [total, hits + alarms, hits + misses, hits + alarms + misses, total]
+
+
+def _right(labels: Array, parsed: Array) -> Array:
+    return np.stack([labels == parsed, labels != parsed], axis=-1)
+
+
+# Of questions whose answer is yes or no; "yes" is the positive class.
+YES_NO = Measure(("accuracy", "precision", "recall", "f1", "yes_ratio"), _yes_no_cells, _yes_no_rates, _yes_no_support)
+# Of questions with any answer.
+ACCURACY = Measure(
+    ("accuracy",),
+    _right,
+    lambda cells: ratio(cells[..., :1], cells.sum(axis=-1, keepdims=True)),
+    lambda cells: [cells.sum(axis=-1)],
+)
+METRICS = YES_NO.metrics
 
 
 def summarize(
-    answers: Sequence[Answer], *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+    answers: Sequence[Answer],
+    measure: Measure = YES_NO,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """POPE's metrics of one run under each aggregation, with intervals.
+    """The metrics of one run under each aggregation, with intervals.
 
-    Papers print the mean over the three splits, of accuracy and of F1: `average`.
+    Papers on POPE print the mean over the three splits, of accuracy and of F1: `average`.
 
     Args:
         answers: of one run, all with a score or none.
+        measure: what is counted.
         resamples, confidence, seed: of the bootstrap, which draws images, each with all its questions.
 
     Returns:
         `splits`, the metrics of each split; `average`, the mean of each metric over the splits that are there;
         `pooled`, those of all rows as one set; `unique`, those of `unique_answers`; `bootstrap`, its settings and the
         number of images. Each set holds its number of `questions` (the average does not), the metrics from 0 to 1,
-        and `intervals`, `[low, high]` for each metric. With scores, roc_auc, average_precision, brier and ece join the
-        metrics, for the probability sigmoid(score); ece has no interval, because resampling biases it upwards.
+        and `intervals`, `[low, high]` for each metric. With scores, roc_auc, average_precision, brier, ece and aurc
+        join the metrics, for the probability sigmoid(score); the last two have no interval, because resampling biases
+        them.
 
     Raises:
         ValueError: for no answers, scores in some rows only or not finite, a pair answered in two ways.
     """
     splits, sets = _sets(answers)
     images, clusters = _numbered(row["image"] for row in answers)
-    positive = np.array([row["label"] == "yes" for row in answers])
-    said = np.array([row["parsed"] == "yes" for row in answers])
-    scores = _scores(answers)
-    cells = np.stack([positive & said, ~positive & said, positive & ~said, ~positive & ~said], axis=-1)
+    labels = np.array([row["label"] for row in answers])
+    positive, scores = labels == "yes", _scores(answers)
+    cells = measure.cells(labels, np.array([row["parsed"] for row in answers]))
     counts = np.stack([_sums(cells[rows], images[rows], clusters) for rows in sets], axis=1)
-    names = METRICS if scores is None else METRICS + SCORE_METRICS
-    support = _support(counts)[:, : len(names)]
+    names = measure.metrics if scores is None else measure.metrics + SCORE_METRICS
+    support = _support(measure, counts, None if scores is None else _sums_of_labels(positive, images, clusters, sets))
     support = np.concatenate([support, support[: len(splits)].min(axis=0, keepdims=True)])
 
-    def measure(weights: Array) -> Array:
-        found = _rates(np.tensordot(weights, counts, 1))
+    def statistic(weights: Array) -> Array:
+        found = measure.rates(np.tensordot(weights, counts, 1))
         if scores is not None:
             by_set = [score_rates(positive[rows], scores[rows], weights[:, images[rows]]) for rows in sets]
             found = np.concatenate([found, np.stack(by_set, axis=1)], axis=-1)
-        average = found[:, : len(splits)].mean(axis=1, keepdims=True)
-        return np.concatenate([found, average], axis=1)
+        return np.concatenate([found, found[:, : len(splits)].mean(axis=1, keepdims=True)], axis=1)
 
-    estimates = _intervals(measure, support, resamples, confidence, seed, clusters)
+    estimates = _intervals(statistic, support, resamples, confidence, seed, clusters)
     *parts, average = (_described(names, *values) for values in zip(*estimates, strict=True))
     for part, rows in zip(parts, sets, strict=True):
         part["questions"] = len(rows)
         if scores is not None:
             part["ece"] = calibration(positive[rows], expit(scores[rows]))["ece"]
+            part["aurc"] = risk_coverage(positive[rows], scores[rows])
     *by_split, pooled, unique = parts
-    if scores is not None:
-        average["ece"] = float(np.mean([part["ece"] for part in by_split]))
+    for name in () if scores is None else ("ece", "aurc"):
+        average[name] = float(np.mean([part[name] for part in by_split]))
     return {
         "splits": dict(zip(splits, by_split, strict=True)),
         "average": average,
@@ -111,7 +164,7 @@ def unique_answers(answers: Sequence[Answer]) -> list[Answer]:
     label differently stays twice.
 
     Raises:
-        ValueError: if a pair was answered both yes and no.
+        ValueError: if a pair was answered in two ways.
     """
     return [answers[row] for row in _unique_rows(answers)]
 
@@ -134,7 +187,7 @@ def compare(
         `b_only_correct`, the discordant ones; `equal_answers`, the share of pairs answered alike; `kappa`, Cohen's;
         `difference`, accuracy of a minus that of b over distinct pairs, and its `interval`; `average_difference` and
         `average_interval`, the same for the mean of the splits' accuracies; `p`, two-sided, and `p_holm`, adjusted
-        for all comparisons of this call.
+        for all comparisons of this call; `questions_needed`, as from that function.
 
     Raises:
         ValueError: if two runs have different rows, and as `summarize` does.
@@ -144,14 +197,14 @@ def compare(
         return []
     runs = list(combinations(range(len(entries)), 2))
     rows, *_ = (_unique_rows(entry["answers"]) for entry in entries)
-    said = np.array([[row["parsed"] == "yes" for row in entry["answers"]] for entry in entries])
-    right = said == np.array([row["label"] == "yes" for row in entries[0]["answers"]])
+    said = np.array([[row["parsed"] for row in entry["answers"]] for entry in entries])
+    right = said == np.array([row["label"] for row in entries[0]["answers"]])
     compared = [
         {"a": entries[a]["name"], "b": entries[b]["name"], **_agreement(said[[a, b]][:, rows], right[[a, b]][:, rows])}
         for a, b in runs
     ]
     adjusted = multipletests([comparison["p"] for comparison in compared], method="holm")[1]
-    point, low, high = _differences(entries[0]["answers"], right, runs, resamples, confidence, seed)
+    point, low, high = _differences(entries[0]["answers"], right, runs, (resamples, confidence, seed))
     for k, (comparison, p) in enumerate(zip(compared, adjusted, strict=True)):
         comparison["p_holm"] = float(p)
         for row, prefix in enumerate(("", "average_")):
@@ -160,10 +213,27 @@ def compare(
     return compared
 
 
+def questions_needed(pairs: int, only_a: int, only_b: int, level: float = 0.05) -> int | None:
+    """Questions that McNemar's test needs to find a difference as large as was seen, four times out of five.
+
+    Args:
+        pairs: questions that were asked; only_a, only_b: those that one run alone answers right.
+        level: of the test, two-sided.
+
+    Returns:
+        how many, by Connor's formula (Biometrics 43, 1987); None where no difference was seen.
+    """
+    discordant, difference = (only_a + only_b) / pairs, abs(only_a - only_b) / pairs
+    if difference == 0:
+        return None
+    root = norm.ppf(1 - level / 2) * discordant**0.5 + norm.ppf(POWER) * (discordant - difference**2) ** 0.5
+    return int(np.ceil((root / difference) ** 2))
+
+
 def cohen_kappa(a: ArrayLike, b: ArrayLike) -> float:
-    """Cohen's kappa of two yes/no raters `(n,)`: agreement beyond chance; 1 where both always say the same thing."""
-    first, second = np.asarray(a, bool), np.asarray(b, bool)
-    chance = first.mean() * second.mean() + (1 - first.mean()) * (1 - second.mean())
+    """Cohen's kappa of two raters `(n,)`: agreement beyond chance; 1 where both always say the same thing."""
+    first, second = np.asarray(a), np.asarray(b)
+    chance = sum((first == kind).mean() * (second == kind).mean() for kind in np.unique(first))
     return 1.0 if chance == 1 else float(((first == second).mean() - chance) / (1 - chance))
 
 
@@ -186,11 +256,11 @@ def clustered_mean(
         raise ValueError(f"values {values.shape}, clusters {numbers.shape}: a cluster for every value is allowed.")
     sums = _sums(np.stack([values, np.ones_like(values)], axis=-1), numbers, count)
 
-    def measure(weights: Array) -> Array:
+    def mean(weights: Array) -> Array:
         total = weights @ sums
         return total[:, :1] / total[:, 1:]
 
-    point, low, high = _intervals(measure, np.array([count]), resamples, confidence, seed, count)
+    point, low, high = _intervals(mean, np.array([count]), resamples, confidence, seed, count)
     return float(point[0]), [float(low[0]), float(high[0])]
 
 
@@ -230,6 +300,113 @@ def kept_overlap(a: ArrayLike, b: ArrayLike) -> float:
     return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
 
 
+def precision_recall_curve(labels: ArrayLike, scores: ArrayLike) -> tuple[Array, Array, Array]:
+    """Precision and recall `(thresholds,)` of "yes from this score on", and the distinct scores, descending.
+
+    Recall is 0 without a yes among the labels.
+
+    Raises:
+        ValueError: for labels or scores that are not allowed, not equally many, or none.
+    """
+    positive, values = _checked(labels, scores)
+    thresholds, hits, alarms = _at_thresholds(positive, values, np.ones(len(values)))
+    return ratio(hits, hits + alarms), ratio(hits, hits[-1:]), thresholds
+
+
+def roc_auc(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Probability that a yes scores above a no, ties counting half; 0.5 where one of the labels is missing.
+
+    Errors as for `precision_recall_curve`.
+    """
+    positive, values = _checked(labels, scores)
+    return float(score_rates(positive, values, np.ones((1, len(values))))[0, 0])
+
+
+def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Precision at each threshold, weighted by the recall it adds; 0 without a yes.
+
+    Errors as for `precision_recall_curve`.
+    """
+    positive, values = _checked(labels, scores)
+    return float(score_rates(positive, values, np.ones((1, len(values))))[0, 1])
+
+
+def calibration(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> dict[str, Any]:
+    """How far probabilities of yes are true.
+
+    Args:
+        labels: `(n,)`.
+        probabilities: `(n,)`, from 0 to 1.
+        bins: how many of equal width; a bound belongs to the bin above it.
+
+    Returns:
+        `bins`, of those that are not empty: low, high, count, mean probability and frequency of yes; `ece`, the mean
+        distance of the two over all rows; `brier`, the mean squared error.
+
+    Raises:
+        ValueError: as for `precision_recall_curve`, and for probabilities outside [0, 1].
+    """
+    positive, values = _checked(labels, probabilities)
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError(f"probabilities from {values.min()} to {values.max()}: from 0 to 1 is allowed.")
+    bin_of = np.digitize(values, np.arange(1, bins) / bins)
+    shown = [
+        {
+            "low": k / bins,
+            "high": (k + 1) / bins,
+            "count": int((bin_of == k).sum()),
+            "probability": float(values[bin_of == k].mean()),
+            "frequency": float(positive[bin_of == k].mean()),
+        }
+        for k in np.unique(bin_of).tolist()
+    ]
+    ece = sum(bin["count"] * abs(bin["probability"] - bin["frequency"]) for bin in shown) / len(values)
+    return {"bins": shown, "ece": ece, "brier": float(((values - positive) ** 2).mean())}
+
+
+def risk_coverage(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Area under the risk-coverage curve (AURC): the share of wrong answers among the surest k, in the mean over k.
+
+    An answer is as sure as its score is far from 0; equally sure ones are wrong as often as all of them are.
+    Errors as for `precision_recall_curve`.
+    """
+    positive, values = _checked(labels, scores)
+    wrong = ((values > 0) != positive).astype(float)
+    _, group = np.unique(-np.abs(values), return_inverse=True)
+    wrong = (np.bincount(group, wrong) / np.bincount(group))[np.sort(group)]
+    return float((np.cumsum(wrong) / np.arange(1, len(wrong) + 1)).mean())
+
+
+def score_rates(positive: Array, scores: Array, weights: Array) -> Array:
+    """`SCORE_METRICS` `(resamples, 3)` of rows with weights `(resamples, rows)`, for the probability sigmoid(score)."""
+    _, hits, alarms = _at_thresholds(positive, scores, weights)
+    added = np.diff(hits, prepend=0)
+    area = (np.diff(alarms, prepend=0) * (hits - added / 2)).sum(axis=-1)
+    whole = hits[..., -1] * alarms[..., -1]
+    area = np.where(whole > 0, ratio(area, whole), 0.5)
+    precision = ratio((added * ratio(hits, hits + alarms)).sum(axis=-1), hits[..., -1])
+    brier = ratio(weights @ (expit(scores) - positive) ** 2, weights.sum(axis=-1))
+    return np.stack([area, precision, brier], axis=-1)
+
+
+def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[Array, Array]:
+    given, values = np.asarray(labels), np.asarray(scores, float)
+    if given.ndim != 1 or given.shape != values.shape or not len(given):
+        raise ValueError(f"labels {given.shape}, scores {values.shape}: two lists of the same length are allowed.")
+    if not np.isin(given, (0, 1)).all() or not np.isfinite(values).all():
+        raise ValueError("labels 1 and 0 and finite scores are allowed.")
+    return given.astype(bool), values
+
+
+def _at_thresholds(positive: Array, scores: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Distinct scores, descending, and the weight `(..., thresholds)` of yes and of no from each score on."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    weights = weights[..., order]
+    hits = np.cumsum(weights * positive[order], axis=-1)[..., last]
+    return scores[order][last], hits, np.cumsum(weights, axis=-1)[..., last] - hits
+
+
 def _sets(answers: Sequence[Answer]) -> tuple[list[str], list[Array]]:
     """The splits, and row numbers: of each split, of all rows, of distinct pairs."""
     if not answers:
@@ -245,7 +422,8 @@ def _unique_rows(answers: Sequence[Answer]) -> list[int]:
     for number, row in enumerate(answers):
         earlier = answers[first.setdefault((row["image"], row["question"], row["label"]), number)]
         if row["parsed"] != earlier["parsed"]:
-            raise ValueError(f"{row['image']}, {row['question']!r}: answered yes and no; one answer a pair is allowed.")
+            ways = " and ".join(sorted((earlier["parsed"], row["parsed"]), reverse=True))
+            raise ValueError(f"{row['image']}, {row['question']!r}: answered {ways}; one answer a pair is allowed.")
     return list(first.values())
 
 
@@ -286,26 +464,21 @@ def _agreement(said: Array, right: Array) -> dict[str, Any]:
         "equal_answers": float((said[0] == said[1]).mean()),
         "kappa": cohen_kappa(*said),
         "p": float(mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue),
+        "questions_needed": questions_needed(said.shape[1], only_a, only_b),
     }
 
 
 def _differences(
-    answers: Sequence[Answer],
-    right: Array,
-    runs: list[tuple[int, int]],
-    resamples: int,
-    confidence: float,
-    seed: int,
+    answers: Sequence[Answer], right: Array, runs: list[tuple[int, int]], settings: tuple[int, float, int]
 ) -> tuple[Array, Array, Array]:
     """Differences of accuracy with their bounds, each `(2, runs)`: over distinct pairs, and mean over splits."""
     splits, (*by_split, _, unique) = _sets(answers)
     images, clusters = _numbered(row["image"] for row in answers)
-    sets = [*by_split, unique]
     counts = np.concatenate([right, np.ones_like(right[:1])]).T
-    sums = np.stack([_sums(counts[rows], images[rows], clusters) for rows in sets], axis=1)
+    sums = np.stack([_sums(counts[rows], images[rows], clusters) for rows in [*by_split, unique]], axis=1)
     a, b = np.array(runs).T
 
-    def measure(weights: Array) -> Array:
+    def statistic(weights: Array) -> Array:
         total = np.tensordot(weights, sums, 1)
         accuracy = ratio(total[..., :-1], total[..., -1:])
         difference = accuracy[..., a] - accuracy[..., b]
@@ -313,7 +486,7 @@ def _differences(
 
     having = (sums[..., -1] > 0).sum(axis=0)
     support = np.array([[having[-1]], [having[:-1].min()]])
-    return _intervals(measure, support, resamples, confidence, seed, clusters, lowest=-1)
+    return _intervals(statistic, support, *settings, clusters, lowest=-1)
 
 
 def _sums(values: Array, clusters: Array, count: int) -> Array:
@@ -323,24 +496,19 @@ def _sums(values: Array, clusters: Array, count: int) -> Array:
     return sums
 
 
-def _rates(cells: Array) -> Array:
-    """`METRICS` `(..., 5)` of true and false positives, false and true negatives `(..., 4)`."""
-    hits, alarms, misses, _ = np.moveaxis(cells, -1, 0)
-    total = cells.sum(axis=-1)
-    precision, recall = ratio(hits, hits + alarms), ratio(hits, hits + misses)
-    f1 = ratio(2 * precision * recall, precision + recall)
-    accuracy = ratio(total - alarms - misses, total)
-    return np.stack([accuracy, precision, recall, f1, ratio(hits + alarms, total)], axis=-1)
+def _sums_of_labels(positive: Array, images: Array, clusters: int, sets: Sequence[Array]) -> Array:
+    """Questions `(images, sets, 2)` whose answer is yes, and is no."""
+    labels = np.stack([positive, ~positive], axis=-1)
+    return np.stack([_sums(labels[rows], images[rows], clusters) for rows in sets], axis=1)
 
 
-def _support(counts: Array) -> Array:
-    """Images `(sets, 8)` on which each of `METRICS` and `SCORE_METRICS` rests, from cells `(images, sets, 4)`."""
-    hits, alarms, misses, rest = np.moveaxis(counts, -1, 0)
-    yes, no, said, wrong = hits + misses, alarms + rest, hits + alarms, alarms + misses
-    rests_on = [yes + no, said, yes, hits + wrong, yes + no]
-    images = [(column > 0).sum(axis=0) for column in rests_on]
-    both = np.minimum(images[2], (no > 0).sum(axis=0))
-    return np.stack([*images, both, images[2], images[0]], axis=-1)
+def _support(measure: Measure, counts: Array, labels: Array | None) -> Array:
+    """Images `(sets, metrics)` on which each metric rests, from counts `(images, sets, cells)` and of labels."""
+    images = [(column > 0).sum(axis=0) for column in measure.support(counts)]
+    if labels is not None:
+        yes, no = (labels > 0).sum(axis=0).T
+        images += [np.minimum(yes, no), yes, images[0]]
+    return np.stack(images, axis=-1)
 
 
 def _described(names: Sequence[str], point: Array, low: Array, high: Array) -> dict[str, Any]:
@@ -349,7 +517,7 @@ def _described(names: Sequence[str], point: Array, low: Array, high: Array) -> d
 
 
 def _intervals(
-    measure: Measure,
+    measured: Callable[[Array], Array],
     support: Array,
     resamples: int,
     confidence: float,
@@ -362,6 +530,9 @@ def _intervals(
     Percentiles stay in the range of the statistic and are finite; BCa is undefined where resamples agree.
     Where they all agree, or there is a single cluster, the bounds would coincide. There they are moved apart by the
     exact binomial bound on the share of clusters that are unlike the `support` ones seen.
+
+    Args:
+        measured: statistics (resamples, ...) of weights (resamples, clusters).
     """
     if not 0 < confidence < 1 or resamples < 1:
         raise ValueError(f"confidence={confidence}, resamples={resamples}: between 0 and 1, and 1 or more are allowed.")
@@ -369,9 +540,9 @@ def _intervals(
     def statistic(index: Array, axis: int) -> Array:
         drawn = index + clusters * np.arange(len(index))[:, None]
         weights = np.bincount(drawn.ravel(), minlength=index.size).reshape(index.shape)
-        return np.moveaxis(measure(weights.astype(float)), 0, -1)
+        return np.moveaxis(measured(weights.astype(float)), 0, -1)
 
-    point = measure(np.ones((1, clusters)))[0]
+    point = measured(np.ones((1, clusters)))[0]
     low = high = point
     if clusters > 1:
         low, high = bootstrap(

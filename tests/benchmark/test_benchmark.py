@@ -203,7 +203,7 @@ def test_goes_on_where_it_was(tmp_path):
     assert json.loads(output.read_text()) == both == load_results(output)
     assert both["results"][:3] == first["results"]
     assert len(both["results"]) == 6
-    with pytest.raises(ValueError, match=r"was begun with rounds=2, not 3"):
+    with pytest.raises(ValueError, match=r"was begun with rounds=2, now it is 3"):
         bench(tiny.dense_model(), output=output, **{**QUICK, "rounds": 3})
     output.write_text("[]")
     with pytest.raises(ValueError, match="no results of llava-sparse bench"):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from statsmodels.discrete.discrete_model import Logit
 
-from llava_sparse.evaluation import analysis
-from llava_sparse.evaluation.answer_log import FORMAT
-from llava_sparse.evaluation.regression import logistic_regression
+from llava_sparse.evaluation import failures
+from llava_sparse.evaluation.answer_log import FORMAT, read_log
+from llava_sparse.evaluation.failures import logistic_regression
 from llava_sparse.evaluation.statistics import pack_kept
 from llava_sparse.reference import SCENES
 
@@ -50,7 +50,7 @@ def write(path: Path, *lines) -> Path:
 
 
 def test_the_reference_set_is_covered():
-    objects = analysis.load_objects(SCENES / "objects.jsonl")
+    objects = failures.load_objects(SCENES / "objects.jsonl")
     assert len(objects) == 200
     pairs = set()
     for file in SCENES.glob("*.json"):
@@ -59,7 +59,7 @@ def test_the_reference_set_is_covered():
             pairs.add((row["image"], row["text"], row["label"]))
     assert len(pairs) == 2151
     for image, text, label in pairs:
-        features = analysis.question_features(image, text, label, objects)
+        features = failures.question_features(image, text, label, objects)
         assert features["present"] == (label == "yes")
         assert 3 <= features["clutter"] <= 7
         if label == "yes":
@@ -73,7 +73,7 @@ def test_the_reference_set_is_covered():
     ("line", "message"),
     [
         ("[", "invalid JSON"),
-        ("[]", "list; one object a line"),
+        ("[]", "'image' and the list 'objects'"),
         ('{"image": "a"}', "'image' and the list 'objects'"),
         ('{"image": "b", "objects": []}', "has a line already"),
         ('{"image": "a", "objects": [{"box": [0, 0, 1, 1]}]}', "'name' and 'box'"),
@@ -87,7 +87,7 @@ def test_the_reference_set_is_covered():
 def test_bad_objects_are_refused(tmp_path, line, message):
     path = write(tmp_path / "objects.jsonl", '{"image": "b", "objects": []}', "", line)
     with pytest.raises(ValueError, match=rf"objects\.jsonl, line 3: .*{message}"):
-        analysis.load_objects(path)
+        failures.load_objects(path)
 
 
 @pytest.mark.parametrize(
@@ -106,20 +106,20 @@ def test_bad_objects_are_refused(tmp_path, line, message):
 )
 def test_patches_of_a_box(corners, patches):
     objects = {"a": [{"name": "cat", "box": corners}]}
-    assert analysis.question_features("a", question("cat"), "yes", objects)["patches"] == patches
+    assert failures.question_features("a", question("cat"), "yes", objects)["patches"] == patches
 
 
 def test_question_features():
     things = [{"name": "apple", "box": [0, 0, 28, 14]}, {"name": "apple", "box": [154, 140, 182, 196]}]
     objects = {"a": [*things, {"name": "dining table", "box": [300, 300, 336, 336]}]}
-    found = analysis.question_features("a", question("apple"), "yes", objects)
+    found = failures.question_features("a", question("apple"), "yes", objects)
     assert found.pop("patches") == [row * 24 + column for row in range(10, 14) for column in (11, 12)]
     # The larger of two apples, in the centre.
     expected = dict(name="apple", present=True, clutter=3, size=56, area=28 * 56 / 336**2, distance=0)
     assert found == pytest.approx(expected)
-    table = analysis.question_features("a", question("dining table"), "yes", objects)
+    table = failures.question_features("a", question("dining table"), "yes", objects)
     assert table["distance"] == pytest.approx(150 / 168)
-    absent = analysis.question_features("a", question("dog"), "no", objects)
+    absent = failures.question_features("a", question("dog"), "no", objects)
     assert (absent["present"], absent["clutter"], absent["size"], absent["patches"]) == (False, 3, None, None)
 
 
@@ -135,15 +135,15 @@ def test_question_features():
 def test_questions_that_do_not_fit_are_refused(image, text, label, message):
     objects = {"a": [{"name": "cat", "box": box(30)}]}
     with pytest.raises(ValueError, match=message):
-        analysis.question_features(image, text, label, objects)
+        failures.question_features(image, text, label, objects)
 
 
 def test_survival():
     stages = np.zeros((2, PATCHES), bool)
     stages[0, [1, 2, 3]] = stages[1, [2]] = True
-    assert analysis.survival(list(stages), [0, 1, 2, 3]) == [0.75, 0.25]
+    assert failures.survival(list(stages), [0, 1, 2, 3]) == [0.75, 0.25]
     with pytest.raises(ValueError, match="no patches"):
-        analysis.survival(list(stages), [])
+        failures.survival(list(stages), [])
 
 
 SIZES = (30, 50, 70, 110)
@@ -159,7 +159,7 @@ def study():
         objects[image] = things + [{"name": "other", "box": box(20)}] * (i % 2)
         for k in range(4):
             answers.append(answer(image, f"thing{k}", "yes", "yes" if k > (i < 10) else "no"))
-            patches = analysis.question_features(image, question(f"thing{k}"), "yes", objects)["patches"]
+            patches = failures.question_features(image, question(f"thing{k}"), "yes", objects)["patches"]
             mask = np.zeros(PATCHES, bool)
             mask[patches if k else patches[::2]] = True
             kept[image, question(f"thing{k}")] = [pack_kept(np.ones(PATCHES)), pack_kept(mask)]
@@ -179,7 +179,7 @@ def test_failure_curves(study):
     run, kept, objects = study
     # The same questions in another split are no new observations.
     run["answers"] += [{**row, "split": "popular"} for row in run["answers"] if row["label"] == "yes"]
-    found = analysis.failure_curves(run, kept, objects, resamples=200)
+    found = failures.failure_curves(run, kept, objects, resamples=200)
     assert (found["run"], found["positives"], found["negatives"]) == ("x@64", 160, 40)
     size = found["recall"]["size"]
     assert [(bin["low"], bin["high"], bin["count"]) for bin in size] == [
@@ -211,7 +211,7 @@ def test_failure_curves(study):
 def test_failure_curves_of_the_dense_model(study):
     run, _, objects = study
     for kept in (None, {(row["image"], row["question"]): [] for row in run["answers"]}):
-        found = analysis.failure_curves(run, kept, objects, resamples=50)
+        found = failures.failure_curves(run, kept, objects, resamples=50)
         assert set(found["recall"]) == {"size", "distance", "clutter"}
         assert found["survival"] == {"stages": [], "by_size": []}
         assert "survival" not in {**found["regression"]["terms"], **found["regression"]["left_out"]}
@@ -221,7 +221,7 @@ def test_failure_curves_of_the_dense_model(study):
 def test_failure_curves_of_one_label(study, label):
     run, kept, objects = study
     run["answers"] = [{**row, "parsed": "yes"} for row in run["answers"] if row["label"] == label]
-    found = analysis.failure_curves(run, kept, objects, resamples=50)
+    found = failures.failure_curves(run, kept, objects, resamples=50)
     assert found["regression"]["terms"] == {}
     assert bool(found["recall"]["size"]) == (label == "yes")
     assert rates(found["false_positive_rate"]["clutter"]) == ([] if label == "yes" else [1, 1])
@@ -234,7 +234,7 @@ def test_sizes_of_other_pictures_are_cut_into_quartiles(study):
         for k, thing in enumerate(things[:4]):
             thing["box"] = box(10 + k)
         things[0]["box"] = box(6 + len(things))
-    size = analysis.failure_curves(run, None, objects, resamples=20)["recall"]["size"]
+    size = failures.failure_curves(run, None, objects, resamples=20)["recall"]["size"]
     assert [bin["low"] for bin in size] == [10, 11, 12, 13]
 
 
@@ -251,7 +251,7 @@ def test_failure_curves_refuse(study, change, message):
     run, kept, objects = study
     change(run, kept)
     with pytest.raises(ValueError, match=message):
-        analysis.failure_curves(run, kept, objects)
+        failures.failure_curves(run, kept, objects)
 
 
 def test_regression_finds_the_coefficients():
@@ -325,7 +325,7 @@ def test_disagreements():
     pruned = entry(answers(a=False, b=False, c=False, d=True), "x@64")
     other = entry(answers(a=False, b=False, c=False, d=False), "y@64")
     dense = entry(answers(a=True, b=True, c=True, d=False), "dense", "dense")
-    found = analysis.disagreements([pruned, other, dense])
+    found = failures.disagreements([pruned, other, dense])
     # Where dense alone is right comes first, another image before the same one again.
     assert [row["question"] for row in found] == [question(name) for name in ("bat", "cow", "bee", "dog")]
     assert found[3] == {
@@ -334,8 +334,8 @@ def test_disagreements():
         "label": "yes",
         "answers": {"x@64": "yes", "y@64": "no", "dense": "no"},
     }
-    assert analysis.disagreements([dense, other, pruned], limit=2)[1]["question"] == question("cow")
-    assert analysis.disagreements([dense, {**dense, "name": "again"}]) == []
+    assert failures.disagreements([dense, other, pruned], limit=2)[1]["question"] == question("cow")
+    assert failures.disagreements([dense, {**dense, "name": "again"}]) == []
 
 
 HEADER = {"format": FORMAT, "settings": {"limit": None}, "versions": {}}
@@ -350,13 +350,15 @@ def test_read_log_cut_anywhere(tmp_path):
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
     path = tmp_path / "run.answers.jsonl"
     path.write_bytes(b"".join(lines))
-    header, runs = analysis.read_log(path)
-    assert header == HEADER
-    assert list(runs) == ["dense", "x@1"]
-    assert runs["x@1"]["a", question("ärmel")] == rows[2]
+    header, found, size = read_log(path)
+    assert (header, size) == (HEADER, sum(map(len, lines)))
+    assert [key[:2] for key in found] == [("dense", "a"), ("x@1", "a"), ("x@1", "b")]
+    assert found["x@1", "a", question("ärmel")] == rows[2]
     for cut in range(1, len(lines[-1])):
         path.write_bytes(b"".join(lines)[:-cut])
-        assert len(analysis.read_log(path)[1]["x@1"]) == (2 if cut == 1 else 1)
+        assert len(read_log(path)[1]) == (3 if cut == 1 else 2)
+        assert read_log(path)[2] == read_log(path, torn=False)[2] == sum(map(len, lines[:-1]))
+        assert len(read_log(path, torn=False)[1]) == 2
 
 
 @pytest.mark.parametrize(
@@ -367,11 +369,15 @@ def test_read_log_cut_anywhere(tmp_path):
         (['{"format": "llava-sparse answers 0"}'], "no format"),
         ([json.dumps(HEADER), "{", json.dumps(logged("a", "b"))], "line 2: invalid JSON"),
         ([json.dumps(HEADER), "7", ""], "line 2: int"),
-        ([json.dumps(HEADER), '{"run": "a"}'], "line 2: run, image, question and answer"),
+        ([json.dumps(HEADER), '{"run": "a"}'], "line 2, answer has no '(image|question|answer)'"),
         ([json.dumps(HEADER), *(json.dumps(logged("a", "b", score=s)) for s in (1, 2))], "line 3: .* another answer"),
+        ([json.dumps(HEADER), json.dumps(logged("a", "b", score="1"))], r"line 2, answer\.score is '1'; a number is"),
+        ([json.dumps(HEADER), json.dumps(logged("a", "b", visual_tokens=math.nan))], "visual_tokens is nan; a number"),
+        ([json.dumps(HEADER), json.dumps(logged("a", "b", kept=["zz"]))], "kept is .*; a list of masks"),
+        ([json.dumps(HEADER), '{"run": "a", "run": "b"}'], "line 2: .*the key 'run' is there twice"),
     ],
 )
 def test_read_log_refuses(tmp_path, lines, message):
     path = write(tmp_path / "run.answers.jsonl", *lines)
     with pytest.raises(ValueError, match=message):
-        analysis.read_log(path)
+        read_log(path)

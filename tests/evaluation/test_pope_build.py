@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from llava_sparse import cli
 from llava_sparse.evaluation import load_pope
-from llava_sparse.evaluation.build import Ranking, build_pope, question_about, read_objects, write_pope
-from llava_sparse.evaluation.data import SPLITS
+from llava_sparse.evaluation.tasks.build import Ranking, build_pope, question_about, read_objects, write_pope
+from llava_sparse.evaluation.tasks.pope import SPLITS
 from llava_sparse.reference import SCENES
 
 OFFICIAL = Path(__file__).parents[1] / "data" / "pope"
@@ -253,6 +253,15 @@ def test_coco_instances(tmp_path):
 CAT = '{"image": "a.jpg", "objects": [{"name": "cat"}]}'
 
 
+@pytest.mark.parametrize("array", [False, True])
+def test_objects_as_popes_own_files_have_them(tmp_path, array):
+    """`coco_ground_truth_segmentation.json`: names alone."""
+    rows = [{"image": "a.jpg", "objects": ["cat", "dining table", "cat"]}, {"image": "b.jpg", "objects": []}]
+    text = json.dumps(rows) if array else "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "x.json").write_text(text)
+    assert read_objects(tmp_path / "x.json") == {"a.jpg": ["cat", "dining table", "cat"], "b.jpg": []}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -262,7 +271,7 @@ CAT = '{"image": "a.jpg", "objects": [{"name": "cat"}]}'
         (CAT + "\n" + CAT, "row 2: image 'a.jpg' is there already"),
         ('{"image": "", "objects": []}', "row 1: image ''"),
         ('{"image": "a.jpg", "objects": {}}', "row 1: objects {}"),
-        ('{"image": "a.jpg", "objects": ["cat"]}', "row 1: name None"),
+        ('{"image": "a.jpg", "objects": [3]}', "row 1: name None"),
         ('{"image": "a.jpg", "objects": [{"name": " cat"}]}', "row 1: name ' cat'"),
         ('{"image": "a.jpg", "objects": [{"name": NaN}]}', "row 1: name nan"),
         ('{"images": [], "annotations": [], "categories": []}', "there are no images"),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_sparse.evaluation import load_pope
-from llava_sparse.evaluation.data import FEATURES, SPLITS, _spread
+from llava_sparse.evaluation.tasks.pope import FEATURES, SPLITS
+from llava_sparse.evaluation.tasks.questions import _spread
 from llava_sparse.reference import SCENES
 
 OFFICIAL = Path(__file__).parents[1] / "data" / "pope"

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pope_tables import columns, encoded, last, stored_as, table, with_metadata
 
-from llava_sparse.evaluation import data_checks, load_pope
-from llava_sparse.evaluation.data import SPLITS
+from llava_sparse.evaluation import load_pope
+from llava_sparse.evaluation.tasks import rows
+from llava_sparse.evaluation.tasks.pope import SPLITS
 
 
 @pytest.fixture
@@ -101,8 +102,8 @@ def test_refused_pictures(folder, save, message):
 
 def test_each_picture_is_decoded_once(folder, monkeypatch):
     decoded = []
-    read = data_checks.read_picture
-    monkeypatch.setattr(data_checks, "read_picture", lambda picture, *name: decoded.append(picture) or read(picture))
+    read = rows.read_picture
+    monkeypatch.setattr(rows, "read_picture", lambda picture, *name: decoded.append(picture) or read(picture))
     load_pope(folder)
     assert [file.name for file in decoded] == ["a.png"]
 

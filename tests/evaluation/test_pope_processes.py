@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_sparse.evaluation.answer_log import read_log
+
 pytestmark = pytest.mark.slow
 POPE = [
     "-m",
@@ -37,12 +39,19 @@ def pope(folder: Path, *, launch: list[str] | None = None, **options) -> subproc
     )
 
 
-def written(folder: Path) -> list[bytes]:
-    return [(folder / name).read_bytes() for name in ("run.json", "run.answers.jsonl")]
+def written(folder: Path) -> tuple[dict, dict]:
+    """Results, and the line of each key."""
+    return json.loads((folder / "run.json").read_text()), read_log(folder / "run.answers.jsonl")[1]
+
+
+def some_of(whole: tuple[dict, dict], folder: Path) -> None:
+    """What was logged so far are answers of the whole."""
+    lines = read_log(folder / "run.answers.jsonl", torn=False)[1]
+    assert lines == {key: whole[1][key] for key in lines}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> list[bytes]:
+def whole(tmp_path_factory) -> tuple[dict, dict]:
     """What one process writes at a stretch."""
     folder = tmp_path_factory.mktemp("whole")
     process = pope(folder)
@@ -52,7 +61,7 @@ def whole(tmp_path_factory) -> list[bytes]:
 
 
 def test_killed_at_random_points_and_continued(whole, tmp_path):
-    lines = whole[1].count(b"\n")
+    lines = len(whole[1]) + 1
     drawn = random.Random(0)
     log = tmp_path / "run.answers.jsonl"
     for until in sorted(drawn.sample(range(2, lines * 3 // 4), 3)):
@@ -65,8 +74,7 @@ def test_killed_at_random_points_and_continued(whole, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
-        held = log.read_bytes()
-        assert whole[1].startswith(held[: held.rfind(b"\n") + 1])
+        some_of(whole, tmp_path)
     process = pope(tmp_path)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
@@ -75,13 +83,14 @@ def test_killed_at_random_points_and_continued(whole, tmp_path):
     assert sum(run["questions"] for run in resumed.values()) < lines - 1
 
 
-def test_two_processes_give_what_one_gives(whole, tmp_path):
-    process = pope(tmp_path, launch=LAUNCH)
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_give_what_one_gives(whole, tmp_path, count):
+    process = pope(tmp_path, launch=[*LAUNCH[:-1], str(count)])
     said, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert written(tmp_path) == whole
     assert said.count("POPE, reference") == 1
-    assert json.loads((tmp_path / "run.timing.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "run.timing.json").read_text())["processes"] == count
 
 
 def test_a_process_that_dies_fails_the_run_and_loses_nothing(whole, tmp_path):
@@ -99,9 +108,8 @@ def test_a_process_that_dies_fails_the_run_and_loses_nothing(whole, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode not in (0, None)
     assert "Signal 9" in errors or "another of the 2 processes has stopped" in errors
-    held = log.read_bytes()
-    assert whole[1].startswith(held[: held.rfind(b"\n") + 1])
-    assert not (tmp_path / "run.json").exists() or len(written(tmp_path)[0]) < len(whole[0])
+    some_of(whole, tmp_path)
+    assert not (tmp_path / "run.json").exists() or len(written(tmp_path)[0]["methods"]) < len(whole[0]["methods"])
     assert pope(tmp_path).wait(timeout=300) == 0
     assert written(tmp_path) == whole
 

@@ -23,9 +23,9 @@ from llava_sparse.evaluation import (
     score,
     table,
 )
+from llava_sparse.evaluation.answer import MAX_NEW_TOKENS
 from llava_sparse.evaluation.answer_log import AnswerLog
-from llava_sparse.evaluation.answering import MAX_NEW_TOKENS
-from llava_sparse.evaluation.results_file import read_results
+from llava_sparse.evaluation.results import read_results
 from llava_sparse.evaluation.statistics import unpack_kept
 from llava_sparse.evaluation.units import Pictures
 from llava_sparse.reference import CHECKPOINT
@@ -49,6 +49,7 @@ def results(reference, tmp_path_factory) -> dict:
     written = json.loads(output.read_text(encoding="utf-8"))
     timing = json.loads((output.parent / "results.timing.json").read_text())
     assert {**written, "timing": timing} == returned
+    assert returned.methods[0].average["accuracy"] == returned["methods"][0]["average"]["accuracy"]
     names = sorted(file.name for file in output.parent.iterdir())
     assert names == ["results.answers.jsonl", "results.json", "results.timing.json"]
     return {**written, "log": (output.parent / names[0]).read_text(encoding="utf-8"), "timing": timing}
@@ -68,6 +69,7 @@ def test_settings_and_versions(results):
         "weights_sha256": results["settings"]["weights_sha256"],
         "configuration_sha256": results["settings"]["configuration_sha256"],
         "preprocessing": json.loads((CHECKPOINT / "processor_config.json").read_text())["image_processor"],
+        "task": "pope",
         "dataset": "reference",
         "pictures_sha256": results["settings"]["pictures_sha256"],
         "questions_sha256": results["settings"]["questions_sha256"],
@@ -229,7 +231,7 @@ def test_every_method_grouped_and_not(case, dense, processor):
 
 def test_kept_patches_and_tokens_are_recorded(results_log):
     header, *lines = results_log
-    assert header["format"] == "llava-sparse answers 1"
+    assert header["format"] == "llava-sparse answers 2"
     kept = {name: [len(line["kept"]) for line in lines if line["run"] == name] for name in RUNS}
     assert [set(counts) for counts in kept.values()] == [{0}, {1}, {3}]
     for line in lines:
@@ -271,7 +273,7 @@ def test_finished_answers_survive_a_failure(reference, tmp_path, monkeypatch):
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
-def test_a_log_cut_anywhere_is_continued_to_the_same_bytes(reference, tmp_path):
+def test_a_log_cut_anywhere_is_continued_to_the_same_results(reference, tmp_path):
     settings = {"methods": ["dense", "visionzip"], "limit": 4, "batch_size": 3}
     output = tmp_path / "run.json"
     evaluate_pope(reference, **settings, output=output)

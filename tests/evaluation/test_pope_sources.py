@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pope_tables import columns, encoded, stored_as, table, with_metadata
 
-from llava_sparse.evaluation import data_checks, load_pope
-from llava_sparse.evaluation.data import DROPPED_BY_LLAVA, FEATURES, SPLITS
+from llava_sparse.evaluation import load_pope
+from llava_sparse.evaluation.tasks import rows
+from llava_sparse.evaluation.tasks.pope import DROPPED_BY_LLAVA, FEATURES, SPLITS
 
 OFFICIAL = Path(__file__).parents[1] / "data" / "pope"
 
@@ -209,8 +210,8 @@ def test_the_questions_that_the_scripts_of_llava_score(tmp_path, suffix):
 
 def test_streaming_looks_at_a_row_when_it_is_drawn(tmp_path, monkeypatch):
     decoded = []
-    pixels = data_checks._pixels
-    monkeypatch.setattr(data_checks, "_pixels", lambda picture: decoded.append(picture) or pixels(picture))
+    read = rows.read_picture
+    monkeypatch.setattr(rows, "read_picture", lambda picture, *name: decoded.append(picture) or read(picture))
     source = with_metadata(
         tmp_path / "x", "jsonl", [*table().to_list(), {**table()[5], "question_id": "3", "answer": "?"}]
     )
@@ -231,3 +232,27 @@ def test_other_types_of_the_same_content(tmp_path):
     assert dataset.features == FEATURES
     assert list(dataset["question_id"]) == ["1", "2"] * 3
     assert rows_of(load_pope(tmp_path, streaming=True)) == rows_of(dataset)
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "indented array"])
+def test_all_nine_official_files(tmp_path, form):
+    """Three sets of pictures, three splits; A-OKVQA's and GQA's have "seem" in their names; arrays as well as lines."""
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    for name in ("coco_pope", "aokvqa_pope_seem", "gqa_pope_seem"):
+        for number, split in enumerate(SPLITS):
+            rows = [
+                {"question_id": n, "image": "a.png", "text": f"Is there a {name}{number} in the image?", "label": label}
+                for n, label in enumerate(("yes", "no"))
+            ]
+            text = "\n".join(map(json.dumps, rows))
+            if form != "lines":
+                text = json.dumps(rows, indent=None if form == "array" else 4)
+            (tmp_path / f"{name}_{split}.json").write_text(text)
+    for config, name in (("coco", "coco_pope"), ("aokvqa", "aokvqa_pope_seem"), ("gqa", "gqa_pope_seem")):
+        found = load_pope(annotations=tmp_path, images=tmp_path, config=config)
+        assert found["category"] == [split for split in SPLITS for _ in range(2)]
+        assert set(found["question"]) == {f"Is there a {name}{number} in the image?" for number in range(3)}
+    with pytest.raises(ValueError, match=r"both the split random; one is allowed, or config='aokvqa'"):
+        load_pope(annotations=tmp_path, images=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no vqa_pope_random\.json"):
+        load_pope(annotations=tmp_path, images=tmp_path, config="vqa")

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import llava_sparse
-from llava_sparse.evaluation import Asker, LoadedModel, answering, evaluate_pope, load_model, load_pope
-from llava_sparse.evaluation.answer_log import AnswerLog, log_path
-from llava_sparse.evaluation.report import describe_model, timing_path
+from llava_sparse.evaluation import Asker, LoadedModel, ask, evaluate_pope, load_model, load_pope
+from llava_sparse.evaluation import answer as answering
+from llava_sparse.evaluation.answer_log import FORMAT, AnswerLog, log_path
+from llava_sparse.evaluation.results import describe_model, timing_path
 from llava_sparse.evaluation.units import Pictures, pictures_digest, plan_units, read_rows
 
 ASKED = ["is it red", "what is there now", "No dog ?"]
@@ -44,10 +45,11 @@ def pruned(model, method):
     return model if MODELS[method] is None else llava_sparse.sparsify(model, method, **MODELS[method])
 
 
-def both(model, processor, pixels, prompt, mode="text"):
+def both(model, processor, pixels, prompt, mode="text", **settings):
     """Answers with grouping and without."""
     return [
-        Asker(model, processor, prompt, mode, grouped).answer(pixels, [0, 1, 1], ASKED, 3) for grouped in (True, False)
+        Asker(model, processor, prompt, mode, grouped, **settings).answer(pixels, [0, 1, 1], ASKED, 3)
+        for grouped in (True, False)
     ]
 
 
@@ -59,19 +61,18 @@ def same(grouped, alone):
 
 @pytest.mark.parametrize("method", MODELS)
 @pytest.mark.parametrize("prompt", ["USER: <image> {question} ASSISTANT:", "{question} ? <image>"])
-def test_likelihoods_are_those_of_losses(method, prompt, dense, processor, pixels, monkeypatch):
+def test_likelihoods_are_those_of_losses(method, prompt, dense, processor, pixels):
     """Answers of one token have the score of logits mode; of several, that of a pass with the answers as labels."""
     model = pruned(dense, method)
     one, other = (both(model, processor, pixels, prompt, mode) for mode in ("likelihood", "logits"))
     assert [[(a.text, a.score) for a in way] for way in one] == [[(a.text, a.score) for a in way] for way in other]
-    monkeypatch.setattr(answering, "YES", "Yes red car")
-    monkeypatch.setattr(answering, "NO", "Yes small")
+    choices = ("Yes red car", "Yes small")
     with pytest.raises(ValueError, match="begin with the same token"):
-        both(model, processor, pixels, prompt, "logits")
+        both(model, processor, pixels, prompt, "logits", choices=choices)
     scores = []
     for picture, question in zip([0, 1, 1], ASKED, strict=True):
         text, by_loss = prompt.replace("{question}", question), []
-        for answer in ("Yes red car", "Yes small"):
+        for answer in choices:
             batch = tiny.inputs(processor, f"{text} {answer}")
             count = len(answer.split())
             labels = batch["input_ids"].clone()
@@ -79,7 +80,7 @@ def test_likelihoods_are_those_of_losses(method, prompt, dense, processor, pixel
             batch["pixel_values"] = pixels[picture][None]
             by_loss.append(-count * model(**batch, labels=labels).loss.item())
         scores.append(by_loss[0] - by_loss[1])
-    for answers in both(model, processor, pixels, prompt, "likelihood"):
+    for answers in both(model, processor, pixels, prompt, "likelihood", choices=choices):
         assert [answer.score for answer in answers] == pytest.approx(scores, abs=2e-4)
         assert [answer.text for answer in answers] == ["Yes red car" if x > 0 else "Yes small" for x in scores]
 
@@ -119,14 +120,20 @@ def test_windows_shorter_than_the_prompt(method, backbone, processor, pixels, mo
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("repetition_penalty", 3.0), ("suppress_tokens", [20]), ("min_new_tokens", 3)]
+    ("setting", "value"),
+    [("repetition_penalty", 3.0), ("suppress_tokens", [20]), ("min_new_tokens", 3), ("begin_suppress_tokens", [20])],
 )
-def test_generation_that_is_not_greedy_is_refused_for_groups(setting, value, dense, processor):
+def test_generation_that_is_not_greedy_is_that_of_generate(setting, value, dense, processor, pixels):
+    """Whatever a generation config asks for: what the fast way does not know goes through `generate`."""
+    prompt = "<image> {question}"
+    plain, _ = both(dense, processor, pixels, prompt)
     setattr(dense.generation_config, setting, value)
-    with pytest.raises(ValueError, match=rf"{setting}=.* use --no-grouping"):
-        Asker(dense, processor, "<image> {question}")
-    Asker(dense, processor, "<image> {question}", grouped=False)
-    Asker(dense, processor, "<image> {question}", "logits")
+    grouped, alone = both(dense, processor, pixels, prompt)
+    same(grouped, alone)
+    assert not any(answer.kept for answer in grouped)
+    assert [answer.text for answer in grouped] != [answer.text for answer in plain] or "suppress" in setting
+    scored, _ = both(dense, processor, pixels, prompt, "logits")
+    assert all(answer.score is not None for answer in scored)
 
 
 @pytest.mark.parametrize("ends", [None, 2, [2, 20, 25]])
@@ -190,12 +197,36 @@ def test_tokens_of_yes_and_no(build, space, dense):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_no_numbers(value, dense, processor, pixels):
-    """As of float16 that overflowed: every answer would be the first token of the vocabulary."""
-    dense.lm_head.register_forward_hook(lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([5]), value))
-    for mode in ("text", "logits"):
+@pytest.mark.parametrize("calls", [0, 2])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_logits_that_are_no_numbers(value, calls, grouped, dense, processor, pixels):
+    """As of float16 that overflowed: every answer would be the first token of the vocabulary. At any token."""
+    seen = []
+
+    def spoil(module, inputs, logits):
+        seen.append(logits)
+        return logits.index_fill(-1, torch.tensor([5]), value) if len(seen) > calls else logits
+
+    dense.generation_config.eos_token_id = None
+    dense.lm_head.register_forward_hook(spoil)
+    for mode in ("text", "logits") if not calls else ("text",):
+        seen.clear()
         with pytest.raises(ValueError, match="use another --dtype"):
-            Asker(dense, processor, "<image> {question}", mode).answer(pixels, [0], ASKED[:1], 1)
+            Asker(dense, processor, "<image> {question}", mode, grouped).answer(pixels, [0], ASKED[:1], 1)
+    seen.clear()
+    with pytest.raises(ValueError, match="use another --dtype"):
+        ask(dense, processor, tiny.image(0), ASKED[0], "<image> {question}")
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_answers_that_the_limit_cut(grouped, dense, processor, pixels):
+    dense.generation_config.eos_token_id = None
+    answers = Asker(dense, processor, "<image> {question}", "text", grouped, 3).answer(pixels, [0, 1], ASKED[:2], 2)
+    assert [answer.cut for answer in answers] == [True, True]
+    assert all(len(answer.text.split()) <= 3 for answer in answers)
+    dense.generation_config.eos_token_id = list(range(64))
+    answers = Asker(dense, processor, "<image> {question}", "text", grouped, 3).answer(pixels, [0, 1], ASKED[:2], 2)
+    assert [(answer.cut, answer.text) for answer in answers] == [(False, "")] * 2
 
 
 def test_a_second_picture_in_a_question_is_refused(dense, processor, pixels, tmp_path):
@@ -254,17 +285,15 @@ def test_a_foreign_file_without_an_end_of_line_is_left_alone(tmp_path):
     for begun in ('{"form', '{"format": "llava-sparse answers 1", "sett'):
         log.write_text(begun)
         AnswerLog(log, {}, {}).close()
-        assert json.loads(log.read_text())["format"] == "llava-sparse answers 1"
+        assert json.loads(log.read_text())["format"] == FORMAT
 
 
 def test_lines_that_are_no_answers(tmp_path):
     path = tmp_path / "run.answers.jsonl"
     AnswerLog(path, {}, {}).close()
     path.write_bytes(path.read_bytes() + b"5\n")
-    log = AnswerLog(path, {}, {})
-    with pytest.raises(ValueError, match=r"an answer to .* is expected where 5 stands"):
-        log.resume([[("dense", "a", "b")]])
-    log.close()
+    with pytest.raises(ValueError, match="line 2: int: not a log of answers"):
+        AnswerLog(path, {}, {})
 
 
 def test_a_full_disk_leaves_a_log_that_goes_on(tmp_path):
@@ -287,28 +316,9 @@ def test_a_full_disk_leaves_a_log_that_goes_on(tmp_path):
     with pytest.raises(OSError, match="No space"):
         log.close()
     again = AnswerLog(path, {}, {})
-    assert again.resume([[("dense", "a", "b")]]) == 0
+    assert again.lines == {}
     again.close()
     assert path.read_bytes().count(b"\n") == 1 and path.read_bytes().endswith(b"\n")
-
-
-def test_resumed_with_as_many_threads_as_it_was_begun_with(reference, tmp_path, monkeypatch):
-    """Sums of more threads differ in the last bits, and `pope` takes as many as there are free cores."""
-    settings = {"methods": ["visionzip"], "limit": 6, "answer_mode": "logits", "output": tmp_path / "run.json"}
-    log, used = tmp_path / "run.answers.jsonl", []
-    answer = Asker.answer
-    monkeypatch.setattr(Asker, "answer", lambda *a: used.append(torch.get_num_threads()) or answer(*a))
-    evaluate_pope(reference, **settings)
-    whole = log.read_bytes()
-    log.write_bytes(whole[: len(whole) // 2])
-    torch.set_num_threads(2)
-    try:
-        assert evaluate_pope(reference, **settings)["timing"]["threads"] == 1
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
-    assert set(used) == {1}
-    assert log.read_bytes() == whole
 
 
 def test_exchanged_pictures_are_refused(reference, tmp_path):

@@ -7,8 +7,8 @@ import re
 import pytest
 from results import RUNS, earlier_version, make_results, write
 
-from llava_sparse.evaluation.html_report import report
-from llava_sparse.evaluation.results_file import read_results, results_files
+from llava_sparse.evaluation.report import report
+from llava_sparse.evaluation.results import read_results, results_files
 
 
 def damage(results: dict, *path: object, value: object = None) -> None:

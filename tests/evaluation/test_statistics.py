@@ -16,7 +16,7 @@ from scipy.stats import binomtest, norm
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from llava_sparse.evaluation import statistics
-from llava_sparse.evaluation.curves import score_rates
+from llava_sparse.evaluation.statistics import score_rates
 from llava_sparse.metrics.pope.pope import Pope
 
 SPLITS = ("random", "popular", "adversarial")

@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import llava_sparse
 from llava_sparse.evaluation import ask
-from llava_sparse.evaluation.models import read_picture
 from llava_sparse.integrations import serving
+from llava_sparse.pictures import read_picture
 from llava_sparse.reference import CHECKPOINT, SCENES
 
 openai = pytest.importorskip("openai")

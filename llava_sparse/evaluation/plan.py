@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isqrt
 from typing import Any
 
 from llava_sparse.modeling.pruning_registry import METHODS, method_classes
 from llava_sparse.modeling.pruning_settings import JOIN, nearest, option_defaults
 
 DENSE = "dense"
+# The dense model without its picture, and with the picture downsampled to as many tokens.
+BLIND, SMALL = "blind", "downsampled"
+UNPRUNED = (DENSE, BLIND, SMALL)
+# What a method has to beat.
+CONTROLS = ("random", "uniform", "pool", SMALL, BLIND)
+CONTROL_SEEDS = 5
 _LISTS = ("layers", "budgets")
 
 
@@ -19,7 +26,7 @@ class Run:
     """A method with its settings.
 
     Attributes:
-        method: a name of `llava_sparse.list_methods()`, or `"dense"`.
+        method: a name of `llava_sparse.list_methods()`, or one of `UNPRUNED`.
         budget: visual tokens retained; None for dense and where `layers` and `budgets` say it.
         seed: None for methods that draw nothing.
         layers, budgets, options: as the configuration's `sparse_layers`, `sparse_budgets`, `sparse_options`.
@@ -35,9 +42,18 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     name: str = DENSE
 
+    def grid(self, patches: int) -> int | None:
+        """Of the controls that see no whole picture: patches along a side of what they see, 0 without a picture."""
+        if self.method == SMALL and self.budget is not None:
+            tokens = self.budget if isinstance(self.budget, int) else round(self.budget * patches)
+            return max(1, isqrt(min(tokens, patches)))
+        return 0 if self.method == BLIND else None
+
     @property
     def sparsity(self) -> dict[str, Any]:
         """The arguments of `set_sparsity` and `sparsify` behind the method."""
+        if self.method in UNPRUNED:
+            return {}
         options = self.options
         if self.seed is not None:
             options = _with_seed(self.method, options, self.seed)
@@ -54,6 +70,13 @@ def split_methods(text: str) -> list[str]:
         else:
             parts[-1] += letter
     return [part.strip() for part in parts]
+
+
+def with_controls(methods: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    """Methods and seeds of a comparison that can be trusted: all of `CONTROLS`, and five draws at least."""
+    further = [n for n in range(CONTROL_SEEDS + len(seeds)) if n not in seeds]
+    seeds = [*seeds, *further[: max(0, CONTROL_SEEDS - len(seeds))]]
+    return [*methods, *(name for name in CONTROLS if name not in methods)], seeds
 
 
 def plan_runs(methods: Sequence[str], budgets: Sequence[float | None], seeds: Sequence[int] = (0,)) -> list[Run]:
@@ -82,7 +105,7 @@ def plan_runs(methods: Sequence[str], budgets: Sequence[float | None], seeds: Se
 
 def _runs_of(text: str, budgets: Sequence[float | None], seeds: Sequence[int]) -> list[Run]:
     method, *given = text.split(":")
-    known = [DENSE, *sorted(METHODS)]
+    known = [*UNPRUNED, *sorted(METHODS)]
     if method not in known and JOIN not in method:
         raise ValueError(f"method {method!r} is unknown{nearest(method, known)}; allowed: {', '.join(known)}.")
     defaults = _defaults(method)
@@ -90,10 +113,14 @@ def _runs_of(text: str, budgets: Sequence[float | None], seeds: Sequence[int]) -
     options: dict[str, Any] = {}
     for part in given:
         name, value = _option(method, defaults, part)
+        if name in {**lists, **options}:
+            raise ValueError(f"method {text!r}: {name} is given twice; each option once.")
         (lists if name in _LISTS else options)[name] = value
     draws = [name for name in defaults if name.rpartition(".")[2] == "seed" and name not in options]
-    if method == DENSE:
-        return [Run(DENSE)]
+    if method in (DENSE, BLIND):
+        return [Run(method, name=method)]
+    if method == SMALL:
+        return [Run(SMALL, budget, name=f"{SMALL}@{budget}") for budget in budgets]
     runs = []
     for budget in [None] if "budgets" in lists else budgets:
         for seed in seeds if draws else [None]:
@@ -104,7 +131,7 @@ def _runs_of(text: str, budgets: Sequence[float | None], seeds: Sequence[int]) -
 
 def _defaults(method: str) -> dict[str, Any]:
     """The options of a method with their defaults; those of a composition's methods as `name.option`."""
-    if method == DENSE:
+    if method in UNPRUNED:
         return {}
     classes = method_classes(method)
     if len(classes) == 1:
@@ -132,7 +159,7 @@ def _with_seed(method: str, options: dict[str, Any], seed: int) -> dict[str, Any
 
 def _option(method: str, defaults: dict[str, Any], part: str) -> tuple[str, Any]:
     name, equals, value = part.partition("=")
-    known = [] if method == DENSE else [*defaults, *_LISTS]
+    known = [] if method in UNPRUNED else [*defaults, *_LISTS]
     if not equals or name not in known:
         raise ValueError(
             f"method {method}: {part!r} is no option{nearest(name, known)}; "

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import reprlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 
+from llava_sparse.evaluation.files import Report, is_text, show
 from llava_sparse.pictures import read_picture
 
 # Stands for the image in a prompt, whatever a tokenizer calls it.
 IMAGE_TOKEN = "<image>"
-SPLITS = ("random", "popular", "adversarial")
-# The columns of the dataset on the Hub, which every source is brought to.
+# The columns that every source of questions is brought to.
 FEATURES = datasets.Features(
     {
         "question_id": datasets.Value("string"),
@@ -27,12 +26,6 @@ FEATURES = datasets.Features(
     }
 )
 TEXTS = [column for column in FEATURES if column != "image"]
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 120
-
-# Gets the message of every row that is left out; raises it if none may be.
-Report = Callable[[str], object]
 
 
 class Row(NamedTuple):
@@ -49,29 +42,15 @@ class Row(NamedTuple):
     image: Any
 
 
-def refuse(message: str) -> None:
-    """Raises ValueError."""
-    raise ValueError(message)
+def checked(rows: Iterable[Row], labels: Sequence[str], report: Report) -> Iterator[Row]:
+    """Passes the valid questions of one split on, and reports the others, ids that repeat included.
 
-
-def show(value: object) -> str:
-    """What a message quotes: the value as Python writes it, shortened."""
-    return _short.repr(value)
-
-
-def is_text(value: object) -> bool:
-    """Whether `value` is a string that is not blank and that UTF-8 can express (JSON allows others)."""
-    try:
-        return isinstance(value, str) and bool(value.strip().encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def checked(rows: Iterable[Row], report: Report) -> Iterator[Row]:
-    """Passes the valid questions of one split on, and reports the others, ids that repeat included."""
+    Args:
+        labels: that are allowed.
+    """
     first: dict[str, str] = {}
     for row in rows:
-        problem = _problem(row.values)
+        problem = _problem(row.values, labels)
         key = row.values["question_id"]
         if not problem and key in first:
             problem = f"question_id {key:.120} is already that of {first[key]}; each id is allowed once in a split"
@@ -82,14 +61,14 @@ def checked(rows: Iterable[Row], report: Report) -> Iterator[Row]:
         yield row
 
 
-def _problem(values: dict[str, Any]) -> str | None:
+def _problem(values: dict[str, Any], labels: Sequence[str]) -> str | None:
     for column in ("question_id", "question", "image_source"):
         if not is_text(values[column]):
             return f"{column} {show(values[column])}: text that is not empty is allowed"
     if IMAGE_TOKEN in values["question"]:
         return f"question {show(values['question'])}: text without {IMAGE_TOKEN}, which stands for pictures, is allowed"
-    if values["answer"] not in ("yes", "no"):
-        return f"label {show(values['answer'])} is neither of the allowed 'yes' and 'no'"
+    if values["answer"] not in labels:
+        return f"label {show(values['answer'])} is neither of the allowed {' and '.join(map(repr, labels))}"
     return None
 
 

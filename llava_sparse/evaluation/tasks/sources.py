@@ -1,11 +1,9 @@
-"""Where POPE's questions come from: text files beside a folder of pictures, or tables with the pictures in them."""
+"""Where questions come from: text files beside a folder of pictures, or tables with the pictures in them."""
 
 from __future__ import annotations
 
-import codecs
 import csv
 import glob
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,32 +12,25 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 
-from .data_checks import FEATURES, SPLITS, TEXTS, Report, Row, file_inside, show, stored
+from llava_sparse.evaluation.files import Report, json_lines, reason, show
 
-HUB_DATASET = "lmms-lab/POPE"
-CONFIGS = ("default", "Full")
-# Columns, and the keys under which a file holds them.
-OFFICIAL = {
-    "question_id": "question_id",
-    "image_source": "image",
-    "image": "image",
-    "question": "text",
-    "answer": "label",
-}
+from .rows import FEATURES, TEXTS, Row, file_inside, stored
+
 METADATA = {**{column: column for column in TEXTS}, "image": "file_name"}
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 SAVED_FILES = (datasets.config.DATASET_STATE_JSON_FILENAME, datasets.config.DATASETDICT_JSON_FILENAME)
-ALLOWED = (
-    f"a dataset is 'reference', '{HUB_DATASET}' or a folder with images/ and *_pope_{{{','.join(SPLITS)}}}.json, with "
-    f"{' or '.join(METADATA_FILES)}, with parquet files, or written by save_to_disk"
-)
-
 Entry = tuple[str, dict[str, Any]]
 NamedTable = tuple[str, Any]
 
 
 class Source(ABC):
-    """Questions, and the pictures that they are about."""
+    """Questions, and the pictures that they are about.
+
+    Attributes:
+        categories: all splits that rows may be of.
+    """
+
+    categories: Sequence[str] = ()
 
     @abstractmethod
     def name(self, split: str) -> str:
@@ -57,6 +48,15 @@ class Source(ABC):
             ValueError: if there is none, or none that may be read.
         """
 
+    def of_split(self, split: str, where: str, values: dict[str, Any], image: Any, report: Report) -> Iterator[Row]:
+        """The row, if it is of the split; one that is of no split is reported."""
+        category = values["category"]
+        if category == split:
+            number = values["question_id"]
+            yield Row(where, {**values, "question_id": str(number) if type(number) is int else number}, image)
+        elif category not in self.categories:
+            report(f"{where}: category {show(category)}; allowed: {', '.join(self.categories)}.")
+
     def example(self, row: Row) -> dict[str, Any]:
         """A row in the columns of `FEATURES`, its picture undecoded."""
         return {**row.values, "image": stored(self.picture(row))}
@@ -72,12 +72,13 @@ class Files(Source):
 
     Args:
         files: of the splits that are loaded.
-        keys: `OFFICIAL` or `METADATA`.
+        keys: for each column, under which key a file holds it; `METADATA` say.
         images: the folder, without links.
+        categories: all splits that rows may be of.
     """
 
-    def __init__(self, files: dict[str, Path], keys: dict[str, str], images: Path) -> None:
-        self.files, self.keys, self.images = files, keys, images
+    def __init__(self, files: dict[str, Path], keys: dict[str, str], images: Path, categories: Sequence[str]) -> None:
+        self.files, self.keys, self.images, self.categories = files, keys, images, categories
 
     def name(self, split: str) -> str:
         return self.files[split].name
@@ -85,13 +86,13 @@ class Files(Source):
     def rows(self, split: str, report: Report) -> Iterator[Row]:
         file = self.files[split]
         needed = list(dict.fromkeys(self.keys.values()))
-        for where, entry in (_read_csv if file.suffix == ".csv" else read_json_lines)(file, report):
+        for where, entry in (_read_csv if file.suffix == ".csv" else json_lines)(file, report):
             missing = [key for key in needed if key not in entry]
             if missing:
                 report(f"{where}: {missing[0]!r} is missing; an object with {', '.join(needed)} is allowed.")
                 continue
             values = {"category": split} | {column: entry[key] for column, key in self.keys.items()}
-            yield from _of_split(split, where, values, values.pop("image"), report)
+            yield from self.of_split(split, where, values, values.pop("image"), report)
 
     def picture(self, row: Row) -> Path:
         return file_inside(self.images, row.image)
@@ -102,9 +103,11 @@ class Tables(Source):
 
     Args:
         tables: each with its name for messages.
+        categories: all splits that rows may be of.
     """
 
-    def __init__(self, tables: Sequence[NamedTable]) -> None:
+    def __init__(self, tables: Sequence[NamedTable], categories: Sequence[str]) -> None:
+        self.categories = categories
         self._sizes = [(name, len(table)) for name, table in tables]
         self._table = datasets.concatenate_datasets([_in_schema(name, table) for name, table in tables])
 
@@ -115,7 +118,7 @@ class Tables(Source):
         wheres = (f"{name}, row {number}" for name, size in self._sizes for number in range(1, size + 1))
         texts = self._table.remove_columns("image")
         for index, (where, values) in enumerate(zip(wheres, texts, strict=True)):
-            yield from _of_split(split, where, values, index, report)
+            yield from self.of_split(split, where, values, index, report)
 
     def picture(self, row: Row) -> bytes:
         return _embedded(self._table[row.image]["image"])
@@ -129,9 +132,11 @@ class Streams(Source):
 
     Args:
         tables: each with its name for messages.
+        categories: all splits that rows may be of.
     """
 
-    def __init__(self, tables: Sequence[NamedTable]) -> None:
+    def __init__(self, tables: Sequence[NamedTable], categories: Sequence[str]) -> None:
+        self.categories = categories
         self._tables = [(name, _in_schema(name, table)) for name, table in tables]
 
     def name(self, split: str) -> str:
@@ -140,98 +145,54 @@ class Streams(Source):
     def rows(self, split: str, report: Report) -> Iterator[Row]:
         for name, table in self._tables:
             for number, values in enumerate(_readable(name, table), start=1):
-                yield from _of_split(split, f"{name}, row {number}", values, values.pop("image"), report)
+                yield from self.of_split(split, f"{name}, row {number}", values, values.pop("image"), report)
 
     def picture(self, row: Row) -> bytes:
         return _embedded(row.image)
 
 
-def from_hub(config: str | None, splits: Sequence[str], streaming: bool) -> Source:
-    """The dataset on the Hub.
+def from_path(path: Path, splits: Sequence[str], categories: Sequence[str], streaming: bool, allowed: str) -> Source:
+    """The questions in a folder, or in a parquet file.
 
-    Raises:
-        ValueError: for another configuration than `CONFIGS`, and for columns that are not those of `FEATURES`.
-        ConnectionError: if the Hub cannot be reached.
-    """
-    if config not in (None, *CONFIGS):
-        raise ValueError(f"config={config!r}: {HUB_DATASET} has the configurations {' and '.join(CONFIGS)}.")
-    options = {"streaming": True} if streaming else {}
-    try:
-        if config == "Full":
-            tables = [
-                (f"{HUB_DATASET} {split}", datasets.load_dataset(HUB_DATASET, config, split=split, **options))
-                for split in splits
-            ]
-        else:
-            tables = [(HUB_DATASET, datasets.load_dataset(HUB_DATASET, split="test", **options))]
-    except OSError as error:
-        raise ConnectionError(
-            f"The dataset {HUB_DATASET} cannot be loaded from the Hub: is there a network? "
-            "--dataset reference and --dataset FOLDER need none."
-        ) from error
-    return Streams(tables) if streaming else Tables(tables)
-
-
-def from_path(path: Path, splits: Sequence[str], streaming: bool) -> Source:
-    """The dataset in a folder, or in a parquet file.
+    Args:
+        splits: to load, of all `categories`.
+        allowed: words for what a path may be.
 
     Raises:
         ValueError: for invalid data.
         FileNotFoundError: if there is no such folder or file, or nothing in it that is known.
     """
     if path.is_file():
-        return _from_parquet([path], path.parent, streaming)
+        return _from_parquet([path], path.parent, categories, streaming)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder; {ALLOWED}.")
-    images = path.resolve() / "images"
-    if any(path.glob("*_pope_*.json")):
-        return from_annotations(path, images, splits)
+        raise FileNotFoundError(f"{path}: no such folder; {allowed}.")
     if any((path / name).is_file() for name in SAVED_FILES):
-        return _from_disk(path)
+        return _from_disk(path, categories)
     metadata = [path / name for name in METADATA_FILES if (path / name).is_file()]
     if len(metadata) > 1:
         raise ValueError(f"{path}: there are both {' and '.join(METADATA_FILES)}; one is allowed.")
     if metadata:
-        return Files(dict.fromkeys(splits, metadata[0]), METADATA, path.resolve())
+        return Files(dict.fromkeys(splits, metadata[0]), METADATA, path.resolve(), categories)
     files = sorted(path.rglob("*.parquet"))
     if not files:
-        raise FileNotFoundError(f"{path}: there are no questions in this folder; {ALLOWED}.")
-    return _from_parquet(files, path, streaming)
+        raise FileNotFoundError(f"{path}: there are no questions in this folder; {allowed}.")
+    return _from_parquet(files, path, categories, streaming)
 
 
-def from_annotations(folder: Path, images: Path, splits: Sequence[str]) -> Source:
-    """The official question files of a folder, with their pictures in another.
-
-    Raises:
-        ValueError: if two files are the same split.
-        FileNotFoundError: if the file of a split is not there.
-    """
-    return Files({split: _question_file(folder, split) for split in splits}, OFFICIAL, images)
-
-
-def _question_file(folder: Path, split: str) -> Path:
-    files = sorted(folder.glob(f"*_pope_{split}.json"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: there is no *_pope_{split}.json (needed: {', '.join(SPLITS)}).")
-    if len(files) > 1:
-        raise ValueError(f"{folder}: {files[0].name} and {files[1].name} are both the split {split}; one is allowed.")
-    return files[0]
-
-
-def _from_disk(folder: Path) -> Source:
+def _from_disk(folder: Path, categories: Sequence[str]) -> Source:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # what a damaged folder leads the reader to
-        raise ValueError(f"{folder}: nothing that save_to_disk has written ({_reason(error)}).") from error
+        raise ValueError(f"{folder}: nothing that save_to_disk has written ({reason(error)}).") from error
     parts = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [("", loaded)]
     for _, part in parts:
         for file in part.cache_files:
             if not Path(file["filename"]).resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"{folder}: the table {show(file['filename'])} is outside of the folder.")
-    return Tables([(f"{folder.name} {name}".strip(), part) for name, part in parts])
+    return Tables([(f"{folder.name} {name}".strip(), part) for name, part in parts], categories)
 
 
-def _from_parquet(files: Sequence[Path], folder: Path, streaming: bool) -> Source:
+def _from_parquet(files: Sequence[Path], folder: Path, categories: Sequence[str], streaming: bool) -> Source:
     tables = []
     for file in files:
         name = str(file.relative_to(folder))
@@ -241,10 +202,10 @@ def _from_parquet(files: Sequence[Path], folder: Path, streaming: bool) -> Sourc
             if pyarrow.parquet.read_metadata(file).num_rows:
                 tables.append((name, kind.from_parquet(glob.escape(str(file)))))
         except Exception as error:  # what a damaged file leads the reader to
-            raise ValueError(f"{name}: no parquet file that can be read ({_reason(error)}).") from error
+            raise ValueError(f"{name}: no parquet file that can be read ({reason(error)}).") from error
     if not tables:
         raise ValueError(f"{folder}: there are no questions in {len(files)} parquet files.")
-    return Streams(tables) if streaming else Tables(tables)
+    return (Streams if streaming else Tables)(tables, categories)
 
 
 def _in_schema(name: str, table: Any) -> Any:
@@ -276,24 +237,7 @@ def _readable(name: str, table: Iterable[dict[str, Any]]) -> Iterator[dict[str, 
     try:
         yield from table
     except Exception as error:  # what a damaged file leads the reader to
-        raise ValueError(f"{name}: the table cannot be read ({_reason(error)}).") from error
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong at first, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
-
-
-def _of_split(split: str, where: str, values: dict[str, Any], image: Any, report: Report) -> Iterator[Row]:
-    """The row, if it is of the split; one that is of no split is reported."""
-    category = values["category"]
-    if category == split:
-        number = values["question_id"]
-        yield Row(where, {**values, "question_id": str(number) if type(number) is int else number}, image)
-    elif category not in SPLITS:
-        report(f"{where}: category {show(category)}; allowed: {', '.join(SPLITS)}.")
+        raise ValueError(f"{name}: the table cannot be read ({reason(error)}).") from error
 
 
 def _embedded(image: dict[str, Any] | None) -> bytes:
@@ -303,35 +247,6 @@ def _embedded(image: dict[str, Any] | None) -> bytes:
         what = f"is the path {show(image['path'])}" if image and image["path"] else "is missing"
         raise ValueError(f"the picture {what}; pictures whose bytes are in the table are allowed.")
     return content
-
-
-def read_json_lines(file: Path, report: Report) -> Iterator[Entry]:
-    """The objects of a file, one a line, each with `file, row 3`; a value of another type counts as an empty object.
-
-    Args:
-        report: called for lines that are no JSON.
-
-    Raises:
-        ValueError: if the file is not UTF-8.
-        OSError: if it cannot be read.
-    """
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file.name}, row {number}"
-            try:
-                text = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{file.name}: the file is not UTF-8 text (row {number}: {error.reason} at byte {error.start})."
-                ) from error
-            if not text.strip():
-                continue
-            try:
-                entry = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                report(f"{where}: invalid JSON ({_reason(error)}); one object a line is allowed.")
-                continue
-            yield where, entry if isinstance(entry, dict) else {}
 
 
 def _read_csv(file: Path, report: Report) -> Iterator[Entry]:

@@ -1,4 +1,4 @@
-"""Loading a LLaVA to evaluate it: dtype, device, prompt, and one method after the other on the same weights."""
+"""Loading a LLaVA to evaluate it: dtype, device, memory, prompt, and one method after the other on the same weights."""
 
 from __future__ import annotations
 
@@ -10,20 +10,65 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PreTrainedConfig
 
 import llava_sparse
 from llava_sparse.modeling.pruning_settings import FIELDS, nearest
 from llava_sparse.pictures import read_picture
 from llava_sparse.reference import CHECKPOINT
 
-from .data_checks import IMAGE_TOKEN
-from .runs import DENSE, Run, plan_runs
+from .plan import UNPRUNED, Run, plan_runs
+from .tasks.rows import IMAGE_TOKEN
 
 QUESTION = "{question}"
 MODEL_TYPES = ("llava", "sparse_llava")
 # Published evaluations of LLaVA-1.5 ask for a short answer in these words.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+# Bytes of a weight; in 4 bits with the scales and the layers that stay whole.
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.65}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where a model's weights lie, and how large.
+
+    Attributes:
+        load_in_4bit, load_in_8bit: quantised by bitsandbytes.
+        device_map: as of `from_pretrained`, `"auto"` say; None for one device.
+        max_memory: with a device map, of each device; a dict, or text: `0=10GiB,cpu=30GiB`.
+    """
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    device_map: Any = None
+    max_memory: Any = None
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit: one of them is allowed.")
+        if self.max_memory is not None and self.device_map is None:
+            raise ValueError("max_memory: with a device_map ('auto', say) alone.")
+
+    @property
+    def bits(self) -> str | None:
+        """`"4bit"`, `"8bit"`, or None for whole weights."""
+        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
+
+    def arguments(self, dtype: Any, place: torch.device) -> dict[str, Any]:
+        """Of `from_pretrained`."""
+        found: dict[str, Any] = {} if self.device_map is None else {"device_map": self.device_map}
+        if self.max_memory is not None:
+            limits = self.max_memory
+            if isinstance(limits, str):
+                parts = (part.partition("=") for part in limits.split(","))
+                limits = {int(name) if name.isdigit() else name: size for name, _, size in parts}
+            found["max_memory"] = limits
+        if self.bits is not None:
+            compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+            kind = {"bnb_4bit_compute_dtype": compute, "bnb_4bit_quant_type": "nf4"} if self.load_in_4bit else {}
+            found["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{self.bits}": True}, **kind)
+            found.setdefault("device_map", {"": place})
+        return found
 
 
 @dataclass(frozen=True)
@@ -35,12 +80,14 @@ class LoadedModel:
         processor: its processor, writing a placeholder for every patch.
         name: the id or path it was loaded from.
         knows_short_answer: whether its vocabulary has the words of `SHORT_ANSWER`; the reference model's does not.
+        quantization: `"4bit"`, `"8bit"`, or None.
     """
 
     model: Any
     processor: Any
     name: str
     knows_short_answer: bool
+    quantization: str | None = None
 
     def prompt(self, short_answer: bool, pictures: int = 1, video: bool = False) -> str:
         """The prompt, with `<image>` and `{question}` where they go: as the model's own chat template writes them.
@@ -72,9 +119,9 @@ class LoadedModel:
             ValueError: for an invalid budget, layer or option.
         """
         if hasattr(self.model, "set_sparsity"):
-            self.model.set_sparsity(None if run.method == DENSE else run.method, **run.sparsity)
+            self.model.set_sparsity(None if run.method in UNPRUNED else run.method, **run.sparsity)
             return self.model
-        return self.model if run.method == DENSE else llava_sparse.sparsify(self.model, run.method, **run.sparsity)
+        return self.model if run.method in UNPRUNED else llava_sparse.sparsify(self.model, run.method, **run.sparsity)
 
     def with_method(self, method: str, budget: float | None = None) -> Any:
         """The model pruned by a method with its default options, or dense, on the same weights.
@@ -111,12 +158,19 @@ def check_prompt(prompt: str, pictures: int = 1) -> None:
             )
 
 
+def view_size(model: Any) -> int:
+    """Pixels of a side of the square that the model's tower sees."""
+    size: int = model.config.vision_config.image_size
+    return size
+
+
 def load_model(
     name: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
     attn_implementation: str | None = None,
     model_types: Sequence[str] = MODEL_TYPES,
+    **memory: Any,
 ) -> LoadedModel:
     """Loads a LLaVA and its processor.
 
@@ -127,17 +181,22 @@ def load_model(
         device: what torch calls it, or `"auto"`: the first GPU, else the CPU.
         attn_implementation: transformers' name of an attention backend; None for its default.
         model_types: of configurations that are allowed.
+        memory: the fields of `Memory`.
 
     Raises:
-        ValueError: if it is no LLaVA, lacks weights, or for an unknown dtype or device.
+        ValueError: if it is no LLaVA, lacks weights, does not fit the GPU, or for an unknown dtype or device.
         OSError: if there is no such folder, or the Hub cannot be reached.
     """
     path = str(CHECKPOINT if name is None else name)
+    kept = Memory(**memory)
     _check_llava(path, model_types)
     place = resolve_device(device)
+    chosen = resolve_dtype(dtype, place)
+    if place.type == "cuda" and kept.device_map is None:
+        check_memory(_weights(path), kept.bits or str(chosen).removeprefix("torch."), torch.cuda.mem_get_info(place)[0])
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model, report = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=resolve_dtype(dtype, place), output_loading_info=True, **options
+        path, dtype=chosen, output_loading_info=True, **options, **kept.arguments(chosen, place)
     )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -150,7 +209,36 @@ def load_model(
     tokenizer = processor.tokenizer
     unknown = tokenizer.unk_token_id
     knows = unknown is None or unknown not in tokenizer(SHORT_ANSWER, add_special_tokens=False)["input_ids"]
-    return LoadedModel(model.eval().to(place), processor, path, knows)
+    model = model.eval() if kept != Memory() else model.eval().to(place)
+    return LoadedModel(model, processor, path, knows, kept.bits)
+
+
+def _weights(path: str) -> int:
+    """How many numbers a model's weights are, from its configuration alone."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def check_memory(weights: int, kind: str, free: int) -> None:
+    """Checks before loading that a model's weights fit a device, with a twentieth of it left for what is computed.
+
+    Args:
+        weights: how many; kind: a name of `WEIGHT_BYTES`; free: bytes.
+
+    Raises:
+        ValueError: with what would fit.
+    """
+    needs = {name: weights * size for name, size in WEIGHT_BYTES.items()}
+    needed = needs.get(kind, needs["bfloat16"])
+    if needed <= 0.95 * free:
+        return
+    less = [name for name in ("bfloat16", "8bit", "4bit") if needs[name] < needed and needs[name] <= 0.95 * free]
+    advice = f"use --load-in-{less[0]}" if less and "bit" in less[0] else f"use --dtype {less[0]}" if less else ""
+    raise ValueError(
+        f"{weights / 1e9:.1f} billion weights in {kind} need {needed / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} GB "
+        f"free: {advice or 'use --device-map auto, which puts what does not fit into main memory'}."
+    )
 
 
 def _check_llava(path: str, model_types: Sequence[str]) -> None:
@@ -269,9 +357,11 @@ def ask(
         video: whether they are frames.
 
     Raises:
-        ValueError: for a picture that `read_picture` refuses, and as `fill_in`.
+        ValueError: for a picture that `read_picture` refuses, as `fill_in`, and for logits that are not finite.
     """
+    from .answer import greedy
+
     shown = [read_picture(x) for x in ([image] if isinstance(image, Image.Image) else image)]
     _, inputs = fill_in(model, processor, shown, question, prompt, video)
-    ids = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+    ids = model.generate(**inputs, **greedy(max_new_tokens))
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +10,12 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .data_checks import SPLITS, is_text, refuse, show
-from .sources import read_json_lines
+from llava_sparse.evaluation.files import check_output, check_regular, is_text, json_lines, parse_json, show, write_file
+
+from .pope import SPLITS
 
 COCO_KEYS = ("images", "annotations", "categories")
-ALLOWED = 'one {"image": ..., "objects": [{"name": ...}]} a line is allowed, or the instances of COCO'
+ALLOWED = 'one {"image": ..., "objects": [{"name": ...}, "name"]} a line is allowed, or the instances of COCO'
 
 # The names of the objects of every image.
 Objects = Mapping[str, Sequence[str]]
@@ -169,9 +169,8 @@ def write_pope(
     files = []
     for split, entries in built.items():
         file = output / f"{annotations.stem}_pope_{split}.json"
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-        os.replace(partial, file)
+        check_output(file)
+        write_file("".join(json.dumps(entry) + "\n" for entry in entries), file)
         files.append(file)
     questions = len(built[SPLITS[0]])
     skipped = len(objects) - len(usable_images(objects, half, half))
@@ -182,17 +181,19 @@ def read_objects(file: str | Path) -> dict[str, list[str]]:
     """The names of the objects of every image, from JSON lines or from COCO's instances.
 
     Args:
-        file: one `{"image": "a.jpg", "objects": [{"name": "cat"}]}` a line, or one object with images, annotations and
-            categories. Crowds count as objects; images without objects are there, too.
+        file: one `{"image": "a.jpg", "objects": [{"name": "cat"}]}` a line, or POPE's own `"objects": ["cat"]`; or one
+            object with images, annotations and categories. Crowds count as objects; images without objects are there,
+            too.
 
     Raises:
         ValueError: for anything else, naming file and row.
         OSError: if the file cannot be read.
     """
     file = Path(file)
+    check_regular(file)
     try:
-        whole = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
+        whole = parse_json(file.read_text(encoding="utf-8-sig"))
+    except ValueError:
         whole = None
     objects = _from_coco(whole, file.name) if _is_coco(whole) else _from_lines(file)
     if not objects:
@@ -206,12 +207,13 @@ def _is_coco(content: Any) -> bool:
 
 def _from_lines(file: Path) -> dict[str, list[str]]:
     objects: dict[str, list[str]] = {}
-    for where, entry in read_json_lines(file, refuse):
+    for where, entry in json_lines(file):
         image = _field(entry, "image", str, where)
         if image in objects:
             raise ValueError(f"{where}: image {show(image)} is there already; each is allowed once.")
         things = _field(entry, "objects", list, where)
-        objects[image] = [_field(thing, "name", str, where) for thing in things]
+        named = [{"name": thing} if isinstance(thing, str) else thing for thing in things]
+        objects[image] = [_field(thing, "name", str, where) for thing in named]
     return objects
 
 

@@ -10,37 +10,51 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache
+from transformers import Cache, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_sparse import Selection
 from llava_sparse.modeling.pruning_cache import CACHE
 from llava_sparse.processing import question_ids
 
-from .models import IMAGE_TOKEN, QUESTION, fill_prompt
+from .model import IMAGE_TOKEN, QUESTION, fill_prompt
 
 ANSWER_MODES = ("text", "logits", "likelihood")
 MAX_NEW_TOKENS = 16
-YES, NO = "Yes", "No"
-# Settings with which greedy `generate` does not take the likeliest token or stops elsewhere, and their neutral values.
-NOT_GREEDY: dict[str, Any] = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "guidance_scale": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_eos_token_id": None,
-    "sequence_bias": None,
-    "exponential_decay_length_penalty": None,
-    "watermarking_config": None,
-    "stop_strings": None,
-}
+# Settings of generation that no greedy answer depends on, or that are followed here; with others, `generate` is called.
+GREEDY = [
+    "_from_model_config",
+    "transformers_version",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "top_h",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "max_length",
+    "max_new_tokens",
+    "num_beams",
+    "early_stopping",
+    "length_penalty",
+    "use_cache",
+    "cache_implementation",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+    "return_dict_in_generate",
+    "bos_token_id",
+    "pad_token_id",
+    "eos_token_id",
+    "disable_compile",
+    "compile_config",
+    "prefill_chunk_size",
+]
 
 
 @dataclass(frozen=True)
@@ -48,19 +62,38 @@ class Answer:
     """What a model said, and what it saw.
 
     Attributes:
-        text: the generated text, or Yes or No in the other modes.
-        score: logit of Yes less logit of No at the first token of the answer, or log-likelihood of the one answer less
-            that of the other; None in text mode.
+        text: the generated text, or one of the choices in the other modes.
+        score: logit of the first choice less that of the second at the first token of the answer, or log-likelihood of
+            the one answer less that of the other; None in text mode.
         kept: for each stage of the method, `(patches,)` bool, the patches that were kept as tokens of their own; empty
             for questions that were not grouped.
         visual_tokens: visual tokens after each decoder layer, averaged over the layers, as the papers count; None for
             a decoder method on questions that were not grouped.
+        cut: whether the limit of tokens ended it.
     """
 
     text: str
     score: float | None
     kept: list[np.ndarray]
     visual_tokens: float | None
+    cut: bool = False
+
+
+class Finite(LogitsProcessor):
+    """Ends a generation whose logits are no numbers, as of float16 that overflowed, at any token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores as they are.
+
+        Raises:
+            ValueError: if one is NaN or +inf; -inf is what a token that is forbidden has.
+        """
+        if bool((scores.isnan() | scores.isposinf()).any()):
+            raise ValueError("the model's logits are not finite: use another --dtype.")
+        return scores
+
+
+FINITE = Finite()
 
 
 @dataclass(frozen=True)
@@ -71,14 +104,14 @@ class Asker:
         model: dense or pruned.
         processor: writes a placeholder for every patch.
         prompt: with `<image>` and `{question}`.
-        mode: `"text"` generates greedily, `"logits"` compares Yes with No at the first token of the answer,
+        mode: `"text"` generates greedily, `"logits"` compares the choices at the first token of the answer,
             `"likelihood"` compares all their tokens.
         grouped: whether a picture is encoded once for all its questions and, where the visual tokens do not depend on
-            the question, the cache of what stands before it is computed once; else each question is asked on its own
-            through `generate`, as transformers' users do.
-
-    Raises:
-        ValueError: for a generation config that asks more of grouped questions than the likeliest token.
+            the question, the cache of what stands before it is computed once; else, and where the generation config
+            asks for more than the likeliest token, each question is asked on its own through `generate`.
+        max_new_tokens: of an answer.
+        choices: the answers that are compared.
+        grid: None for the picture as it is; patches along a side to which it is downsampled, or 0 to leave it out.
     """
 
     model: Any
@@ -86,21 +119,19 @@ class Asker:
     prompt: str
     mode: str = "text"
     grouped: bool = True
-
-    def __post_init__(self) -> None:
-        for name, neutral in NOT_GREEDY.items() if self.grouped and self.mode == "text" else ():
-            value = getattr(self.model.generation_config, name, None)
-            if value not in (None, neutral):
-                raise ValueError(
-                    f"generation_config: {name}={value!r} changes greedy answers, and grouped questions do not follow "
-                    f"it; {neutral} is allowed: change it, or use --no-grouping (grouped=False)."
-                )
+    max_new_tokens: int = MAX_NEW_TOKENS
+    choices: tuple[str, str] = ("Yes", "No")
+    grid: int | None = None
 
     @torch.inference_mode()
     def pixels(self, pictures: Sequence[Any]) -> Tensor:
         """`(pictures, 3, height, width)` of RGB pictures."""
         inputs = self.processor.image_processor(images=list(pictures), return_tensors="pt")
-        return inputs["pixel_values"].to(self.model.device, self.model.dtype)
+        pixels = inputs["pixel_values"]
+        if self.grid:
+            side = self.grid * self.model.config.vision_config.patch_size
+            pixels = interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
+        return pixels.to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
     def answer(self, pixels: Tensor, owners: Sequence[int], questions: Sequence[str], batch_size: int) -> list[Answer]:
@@ -110,15 +141,21 @@ class Asker:
             pixels: `(pictures, 3, height, width)`.
             owners: the picture of each question.
             batch_size: questions at a time.
+
+        Raises:
+            ValueError: for a prompt without its one image, and for logits that are not finite.
         """
         prompts = [_Prompt(self._ids(question), question) for question in questions]
+        grouped = (self.grouped or self.grid is not None) and (self.mode != "text" or self._is_greedy)
+        if self.grid is not None and not grouped:
+            raise ValueError("generation_config: the controls blind and downsampled take greedy answers alone.")
         shared = self._shares_prefix(prompts)
         answers: list[Answer] = []
         encoded: _Encoded | None = None
         encoded_owners: list[int] = []
         for start in range(0, len(questions), batch_size):
             batch, ids = list(owners[start : start + batch_size]), prompts[start : start + batch_size]
-            if not self.grouped:
+            if not grouped:
                 answers += self._ask_one_by_one(pixels[batch], ids)
                 continue
             shown = list(dict.fromkeys(batch))
@@ -129,6 +166,15 @@ class Asker:
             ask = self._ask_whole if encoded.prefix is None else self._ask_behind_prefix
             answers += ask(encoded, owner, ids)
         return answers
+
+    @property
+    def _is_greedy(self) -> bool:
+        """Whether the likeliest token is what the generation config asks for."""
+        asked = self.model.generation_config.to_diff_dict()
+        return all(
+            name in GREEDY or value in (None, False, 0) or (isinstance(value, float) and value == 1.0)
+            for name, value in asked.items()
+        )
 
     def _ids(self, question: str) -> list[int]:
         """A prompt's token ids, with one image token."""
@@ -153,6 +199,15 @@ class Asker:
         return getattr(self._method, "decoder", None)
 
     @property
+    def _patches(self) -> int:
+        vision = self.model.config.vision_config
+        return (vision.image_size // vision.patch_size if self.grid is None else self.grid) ** 2
+
+    @property
+    def _placeholders(self) -> int:
+        return self._patches + (self.model.config.vision_feature_select_strategy == "full" and self.grid != 0)
+
+    @property
     def _tokens(self) -> int:
         """Visual tokens of a picture that enter the decoder."""
         return self._placeholders if self._encoder is None else self._encoder.tokens
@@ -160,9 +215,10 @@ class Asker:
     def _shares_prefix(self, prompts: list[_Prompt]) -> bool:
         """Whether all that stands up to the image's end is the same for all questions."""
         window = getattr(self.model.config.text_config, "sliding_window", None)
-        longest = max(len(prompt.ids) for prompt in prompts) + self._placeholders + MAX_NEW_TOKENS
+        longest = max(len(prompt.ids) for prompt in prompts) + self._placeholders + self.max_new_tokens
         return (
             self._decoder is None
+            and self.grid != 0
             and not getattr(self._encoder, "looks_at_question", False)
             and self.prompt.index(IMAGE_TOKEN) < self.prompt.index(QUESTION)
             # Padding between prefix and question would fill a window that is shorter.
@@ -171,12 +227,15 @@ class Asker:
 
     def _encode(self, pixels: Tensor, shared: bool) -> _Encoded:
         """The pictures, encoded, and, if it is shared by the questions, the cache up to their end."""
-        images = self.model.get_image_features(pixel_values=pixels, return_dict=True)
+        if self.grid == 0:
+            return _Encoded(None)
+        resized = {"interpolate_pos_encoding": True} if self.grid else {}
+        images = self.model.get_image_features(pixel_values=pixels, return_dict=True, **resized)
         if not shared:
             return _Encoded(images)
-        token = self.processor.image_token_id
         before = self._ids("")
-        row = [*before[: before.index(token)], *[token] * self._tokens]
+        before = before[: before.index(self.processor.image_token_id)]
+        row = [*before, *[self.processor.image_token_id] * self._tokens]
         ids = torch.tensor([row] * len(pixels), dtype=torch.long, device=pixels.device)
         outputs = self._run(images, input_ids=ids, attention_mask=_ones(ids))
         kept = [_kept(stage, self._patches) for stage in getattr(outputs, "selection", None) or ()]
@@ -185,38 +244,29 @@ class Asker:
     def _run(self, images: Any, **inputs: Any) -> Any:
         """The prefill of prompts around pictures that are encoded already."""
         recorded = {} if self._method is None else {"output_selection": True}
-        return self.model(mm_encoder_outputs={"image": images}, use_cache=True, logits_to_keep=1, **inputs, **recorded)
+        seen = {} if images is None else {"mm_encoder_outputs": {"image": images}}
+        return self.model(**seen, use_cache=True, logits_to_keep=1, **inputs, **recorded)
 
     def _ask_behind_prefix(self, encoded: _Encoded, owner: Tensor, prompts: list[_Prompt]) -> list[Answer]:
         """Only what stands behind the image is left to compute."""
-        ids = [prompt.ids for prompt in prompts]
         image_token = self.processor.image_token_id
-        suffixes, mask = _left_padded([row[row.index(image_token) + 1 :] for row in ids], owner.device)
+        suffixes, mask = _left_padded([p.ids[p.ids.index(image_token) + 1 :] for p in prompts], owner.device)
         cache = _rows_of(encoded.prefix, owner)
         mask = torch.cat([mask.new_ones(len(owner), encoded.prefix_length), mask], dim=1)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        outputs = self.model(
-            input_ids=suffixes,
-            attention_mask=mask,
-            position_ids=positions[:, encoded.prefix_length :],
-            **{CACHE: cache},
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        positions = _positions(mask)[:, encoded.prefix_length :]
+        outputs = self._continue(suffixes, mask, positions, cache)
         kept = [stage[owner.cpu().numpy()] for stage in encoded.kept]
         return self._finish(outputs, mask, kept, [float(self._tokens)] * len(owner))
 
     def _ask_whole(self, encoded: _Encoded, owner: Tensor, prompts: list[_Prompt]) -> list[Answer]:
         """Whole prompts around pictures that are encoded already."""
-        token, rows = self.processor.image_token_id, owner.tolist()
-        ids = [[t for i in prompt.ids for t in ([i] * self._tokens if i == token else [i])] for prompt in prompts]
-        padded, mask = _left_padded(ids, owner.device)
+        padded, mask = self._padded(prompts, self._tokens, owner.device)
         asked = self._clip_ids(prompts)
         outputs = self._run(
-            _pictures(encoded.images, rows),
+            _pictures(encoded.images, owner.tolist()),
             input_ids=padded,
             attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            position_ids=_positions(mask),
             **({} if asked is None else {"question_ids": asked}),
         )
         selection: Sequence[Selection] = getattr(outputs, "selection", None) or ()
@@ -225,30 +275,38 @@ class Asker:
         kept = [_kept(stage, width)[:, -self._patches :] for stage in selection]
         if self._decoder is None:
             return self._finish(outputs, mask, kept, [float(self._tokens)] * len(prompts))
-        stages = [stage for stage in selection if stage.raters is not None]
-        return self._finish(outputs, mask, kept, self._visual_tokens(stages, len(prompts)))
+        return self._finish(outputs, mask, kept, outputs.visual_tokens[:, 1:].float().mean(1).tolist())
+
+    def _padded(self, prompts: list[_Prompt], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Ids with `count` placeholders for the picture, and their mask."""
+        token = self.processor.image_token_id
+        return _left_padded([[t for i in p.ids for t in [i] * (count if i == token else 1)] for p in prompts], device)
 
     def _clip_ids(self, prompts: list[_Prompt]) -> Tensor | None:
         """The questions in the vocabulary of the CLIP model that the method names, if it does."""
         clip = getattr(self._encoder, "clip", None)
         return None if clip is None else question_ids(clip, [prompt.question for prompt in prompts])
 
+    def _continue(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, keep: int = 1) -> Any:
+        """What follows a cache; logits of the last `keep` tokens, 0 for all."""
+        given: dict[str, Any] = {CACHE: cache, "use_cache": True, "logits_to_keep": keep}
+        return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **given)
+
     def _finish(
         self, outputs: Any, mask: Tensor, kept: list[np.ndarray], tokens: Sequence[float | None]
     ) -> list[Answer]:
         """The answers that follow the prefill's outputs."""
-        logits = outputs.logits[:, -1].float()
-        if bool((logits.isnan() | logits.isposinf()).any()):
-            raise ValueError(f"the model's logits in {self.model.dtype} are not finite: use another --dtype.")
+        logits = FINITE(mask, outputs.logits[:, -1].float())
         scores: list[float | None] = [None] * len(logits)
+        cut = [False] * len(logits)
         if self.mode != "text":
-            yes, no = (self._likelihood(ids, logits, outputs, mask) for ids in self._answer_tokens())
-            scores = (yes - no).tolist()
-            texts = [YES if score > 0 else NO for score in scores if score is not None]
+            first, second = (self._likelihood(ids, logits, outputs, mask) for ids in self._answer_tokens())
+            scores = (first - second).tolist()
+            texts = [self.choices[score <= 0] for score in scores if score is not None]
         else:
-            texts = self._generate(logits, getattr(outputs, CACHE), mask)
+            texts, cut = self._texts(self._greedy(logits, getattr(outputs, CACHE), mask))
         masks = [[stage[row] for stage in kept] for row in range(len(texts))]
-        return [Answer(*answer) for answer in zip(texts, scores, masks, tokens, strict=True)]
+        return [Answer(*answer) for answer in zip(texts, scores, masks, tokens, cut, strict=True)]
 
     def _likelihood(self, ids: list[int], logits: Tensor, outputs: Any, mask: Tensor) -> Tensor:
         """`(rows,)`: log-probability of an answer, but for what the first tokens of all answers are divided by."""
@@ -256,92 +314,61 @@ class Asker:
         if len(ids) > 1:
             answer = torch.tensor(ids, device=mask.device).expand(len(mask), -1)
             mask = torch.cat([mask, _ones(answer[:, 1:])], dim=1)
-            said = self.model(
-                input_ids=answer[:, :-1],
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1)[:, 1 - len(ids) :],
-                **{CACHE: _rows_of(getattr(outputs, CACHE), torch.arange(len(mask)))},
-                use_cache=True,
-            )
-            probability = said.logits.float().log_softmax(-1).gather(2, answer[:, 1:, None])
+            cache = _rows_of(getattr(outputs, CACHE), torch.arange(len(mask)))
+            said = self._continue(answer[:, :-1], mask, _positions(mask)[:, 1 - len(ids) :], cache, keep=0)
+            probability = FINITE(answer, said.logits.float()).log_softmax(-1).gather(2, answer[:, 1:, None])
             total = total + probability.sum((1, 2)).to(total.device)
         return total
 
-    def _generate(self, logits: Tensor, cache: Cache, mask: Tensor) -> list[str]:
-        """Greedy continuation; without `generate`, whose preparations cost more than the few tokens of an answer."""
+    def _greedy(self, logits: Tensor, cache: Cache, mask: Tensor) -> Tensor:
+        """Ids `(rows, length)` that `generate` gives too, whose preparations cost more than an answer's few tokens."""
         ends = self._ends.to(logits.device)
-        positions = mask.sum(-1, keepdim=True)
         said = [logits.argmax(-1)]
         ended = torch.isin(said[0], ends)
-        while len(said) < MAX_NEW_TOKENS and not bool(ended.all()):
+        while len(said) < self.max_new_tokens and not bool(ended.all()):
             mask = torch.cat([mask, _ones(mask[:, :1])], dim=1)
-            outputs = self.model(
-                input_ids=said[-1][:, None],
-                attention_mask=mask,
-                position_ids=positions,
-                **{CACHE: cache},
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            positions = positions + 1
-            following = outputs.logits[:, -1].float().argmax(-1)
+            outputs = self._continue(said[-1][:, None], mask, _positions(mask)[:, -1:], cache)
+            following = FINITE(mask, outputs.logits[:, -1].float()).argmax(-1)
             said.append(torch.where(ended, said[-1], following))
             ended |= torch.isin(said[-1], ends)
-        return self._texts(torch.stack(said, dim=1))
+        return torch.stack(said, dim=1)
 
     @property
     def _ends(self) -> Tensor:
         ends = self.model.generation_config.eos_token_id
         return torch.tensor([] if ends is None else ends).flatten()
 
-    def _texts(self, said: Tensor) -> list[str]:
-        """Generated ids `(rows, length)` as text, up to the token that ends each: it may be none that is skipped."""
+    def _texts(self, said: Tensor) -> tuple[list[str], list[bool]]:
+        """Generated ids `(rows, length)` up to the token that ends each, as text, and whether there was none."""
         stops = set(self._ends.tolist())
-        whole = [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in said.tolist()]
-        return [text.strip() for text in self.processor.tokenizer.batch_decode(whole, skip_special_tokens=True)]
+        lengths = [next((i for i, token in enumerate(row) if token in stops), None) for row in said.tolist()]
+        whole = [row[:length] for row, length in zip(said.tolist(), lengths, strict=True)]
+        texts = self.processor.tokenizer.batch_decode(whole, skip_special_tokens=True)
+        return [text.strip() for text in texts], [length is None for length in lengths]
 
     def _ask_one_by_one(self, pixels: Tensor, prompts: list[_Prompt]) -> list[Answer]:
         """The questions of a batch through the model's own `generate`, with a picture each."""
-        token, count = self.processor.image_token_id, self._placeholders
-        rows = [[t for i in prompt.ids for t in ([i] * count if i == token else [i])] for prompt in prompts]
-        padded, mask = _left_padded(rows, pixels.device)
+        padded, mask = self._padded(prompts, self._placeholders, pixels.device)
         inputs = {"input_ids": padded, "attention_mask": mask, "pixel_values": pixels}
         if (clip_ids := self._clip_ids(prompts)) is not None:
             inputs["question_ids"] = clip_ids
         tokens = self._tokens if self._decoder is None else None
         if self.mode != "text":
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            outputs = self.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+            outputs = self.model(**inputs, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
             return self._finish(outputs, mask, [], [tokens] * len(prompts))
-        said = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_NEW_TOKENS)
-        return [Answer(text, None, [], tokens) for text in self._texts(said[:, padded.shape[1] :])]
-
-    @property
-    def _patches(self) -> int:
-        vision = self.model.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2
-
-    @property
-    def _placeholders(self) -> int:
-        return self._patches + (self.model.config.vision_feature_select_strategy == "full")
-
-    def _visual_tokens(self, selection: Sequence[Selection], rows: int) -> list[float]:
-        """Of a decoder method: visual tokens after each layer, averaged over the layers."""
-        layers = self.model.config.text_config.num_hidden_layers
-        counts = torch.full((layers, rows), float(self._tokens))
-        for stage in selection:
-            counts[stage.layer :] = _tokens_left(stage).float().cpu()
-        return counts.mean(0).tolist()
+        said = self.model.generate(**inputs, **greedy(self.max_new_tokens))
+        texts, cut = self._texts(said[:, padded.shape[1] :])
+        return [Answer(text, None, [], tokens, short) for text, short in zip(texts, cut, strict=True)]
 
     def _answer_tokens(self) -> list[list[int]]:
-        """Ids of the answers Yes and No behind the prompt, of which logits mode compares the first."""
+        """Ids of the choices behind the prompt, of which logits mode compares the first."""
         tokenizer = self.processor.tokenizer
         text = self.prompt.replace(IMAGE_TOKEN, self.processor.image_token)
         # Behind a new line, models say "Yes", which for most tokenizers is another token than " Yes".
         gap = "" if text[-1].isspace() else " "
         bare = tokenizer(text)["input_ids"]
         found = []
-        for answer in (YES, NO):
+        for answer in self.choices:
             ids = tokenizer(f"{text}{gap}{answer}")["input_ids"]
             if ids[: len(bare)] != bare:
                 raise ValueError(
@@ -351,10 +378,16 @@ class Asker:
             found.append(ids[len(bare) :] if self.mode == "likelihood" else ids[len(bare) : len(bare) + 1])
         if found[0] == found[1] or tokenizer.unk_token_id in (*found[0], *found[1]):
             raise ValueError(
-                f"{YES} and {NO} begin with the same token, or have an unknown one: use --answer-mode "
+                f"{' and '.join(self.choices)} begin with the same token, or have an unknown one: use --answer-mode "
                 f"{'likelihood or ' if self.mode == 'logits' else ''}text."
             )
         return found
+
+
+def greedy(max_new_tokens: int) -> dict[str, Any]:
+    """Arguments of `generate` for the likeliest tokens, checked to be numbers."""
+    processors = LogitsProcessorList([FINITE])
+    return {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "logits_processor": processors}
 
 
 @dataclass(frozen=True)
@@ -382,7 +415,9 @@ class _Encoded:
 
 
 def _pictures(images: Any, rows: list[int]) -> Any:
-    """Some of the pictures, in the order of `rows`."""
+    """Some of the pictures, in the order of `rows`; None if there are none."""
+    if images is None:
+        return None
     if hasattr(images, "take"):
         return images.take(rows)
     features = images.pooler_output
@@ -391,6 +426,10 @@ def _pictures(images: Any, rows: list[int]) -> Any:
 
 def _ones(like: Tensor) -> Tensor:
     return torch.ones(like.shape[:2], dtype=torch.long, device=like.device)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -415,11 +454,3 @@ def _kept(stage: Selection, patches: int) -> np.ndarray:
     # Padding (-1), and with several stages tokens merged earlier, fall into the column that is cut off.
     mask.scatter_(1, torch.where((kept >= 0) & (kept < patches), kept, patches), True)
     return mask[:, :patches].numpy()
-
-
-def _tokens_left(stage: Selection) -> Tensor:
-    """`(rows,)`: visual tokens behind a stage, kept and merged."""
-    left = (stage.kept >= 0).sum(-1)
-    if stage.merge_map is not None:
-        left = left + left.new_tensor([len(row[row >= 0].unique()) for row in stage.merge_map])
-    return left

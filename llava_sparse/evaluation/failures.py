@@ -6,22 +6,25 @@ the square picture that the model sees; patches are numbered row by row.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linprog
+from statsmodels.discrete.discrete_model import Logit
 
-from .answer_log import FORMAT
-from .regression import logistic_regression
+from .files import Check, json_lines
 from .statistics import clustered_mean, unique_answers, unpack_kept
+from .tasks import Task, get_task
 
+# Of pictures whose results do not say it: LLaVA-1.5's.
+SIDE = 336
 # Bounds of longest sides in pixels; the outer bins reach as far as the data.
 SIZES = (28, 40, 56, 80, 120)
 SHARES = (0, 0.25, 0.5, 0.75, 1)
@@ -36,7 +39,7 @@ Objects = Mapping[str, Sequence[Object]]
 Bin = tuple[float, float, Array]
 
 
-def load_objects(path: str | Path, side: int = 336) -> dict[str, list[Object]]:
+def load_objects(path: str | Path, side: int = SIDE) -> dict[str, list[Object]]:
     """The objects of each picture.
 
     Args:
@@ -50,13 +53,9 @@ def load_objects(path: str | Path, side: int = 336) -> dict[str, list[Object]]:
         ValueError: for invalid data, naming file and line.
         OSError: if the file cannot be read.
     """
-    path = Path(path)
     found: dict[str, list[Object]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name}, line {number}"
-        row = _parsed(line, where)
+    box = Check(f"[x0, y0, x1, y1] with 0 <= x0 < x1 <= {side} and 0 <= y0 < y1 <= {side}", lambda x: _is_box(x, side))
+    for where, row in json_lines(Path(path), word="line"):
         image, objects = row.get("image"), row.get("objects")
         if not isinstance(image, str) or not isinstance(objects, list):
             raise ValueError(f"{where}: an object with the text 'image' and the list 'objects' is allowed.")
@@ -65,17 +64,20 @@ def load_objects(path: str | Path, side: int = 336) -> dict[str, list[Object]]:
         for thing in objects:
             if not isinstance(thing, dict) or not isinstance(thing.get("name"), str):
                 raise ValueError(f"{where}: object {thing!r}: 'name' and 'box' are needed.")
-            if not _is_box(thing.get("box"), side):
-                raise ValueError(
-                    f"{where}: {thing['name']!r} has the box {thing.get('box')!r}; allowed: [x0, y0, x1, y1] with "
-                    f"0 <= x0 < x1 <= {side} and 0 <= y0 < y1 <= {side}."
-                )
+            if not box.holds(thing.get("box")):
+                raise ValueError(f"{where}: {thing['name']!r} has the box {thing.get('box')!r}; allowed: {box.words}.")
         found[image] = [{"name": thing["name"], "box": list(thing["box"])} for thing in objects]
     return found
 
 
 def question_features(
-    image: str, question: str, label: str, objects: Objects, patches_side: int = 24, side: int = 336
+    image: str,
+    question: str,
+    label: str,
+    objects: Objects,
+    patches_side: int = 24,
+    side: int = SIDE,
+    task: str | Task = "pope",
 ) -> dict[str, Any]:
     """What a question asks for, and how it lies in the picture.
 
@@ -85,6 +87,7 @@ def question_features(
         objects: as from `load_objects`.
         patches_side: patches along a side of the picture.
         side: of the picture, in pixels.
+        task: whose question it is.
 
     Returns:
         `name`; `present`; `clutter`, the number of objects in the picture. Of the largest object of that name, None
@@ -95,15 +98,15 @@ def question_features(
     Raises:
         ValueError: for another question, an image without objects line, a label that contradicts the objects.
     """
-    asked = re.fullmatch(r"Is there an? (.+) in the image\?", question)
+    asked = get_task(task).asked(question)
     if asked is None:
         raise ValueError(f"{image}, {question!r}: 'Is there a … in the image?' is allowed.")
     if image not in objects:
         raise ValueError(f"{image}: its objects are not listed; a line for every image is needed.")
-    boxes = [np.array(thing["box"], float) for thing in objects[image] if thing["name"] == asked[1]]
+    boxes = [np.array(thing["box"], float) for thing in objects[image] if thing["name"] == asked]
     if bool(boxes) != (label == "yes"):
         raise ValueError(f"{image}, {question!r}: the label {label!r} contradicts the {len(boxes)} boxes of that name.")
-    features = {"name": asked[1], "present": bool(boxes), "clutter": len(objects[image])}
+    features = {"name": asked, "present": bool(boxes), "clutter": len(objects[image])}
     if not boxes:
         return features | dict.fromkeys(("size", "area", "distance", "patches"))
     box = max(boxes, key=lambda b: float(np.prod(b[2:] - b[:2])))
@@ -131,12 +134,32 @@ def survival(kept: Sequence[ArrayLike], patches: Sequence[int]) -> list[float]:
     return [float(np.asarray(mask, bool)[list(patches)].mean()) for mask in kept]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Distinct answers about objects that are there, or are not, as columns `(n,)`, and how rates are measured."""
+
+    rows: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Array:
+        return np.array([row[name] for row in self.rows])
+
+    def rate(self, values: Array, chosen: Any = slice(None)) -> dict[str, Any]:
+        rate, interval = clustered_mean(values[chosen], self["image"][chosen].tolist(), **self.settings)
+        return {"count": len(values[chosen]), "rate": rate, "interval": interval}
+
+    def curve(self, bins: Sequence[Bin]) -> list[dict[str, Any]]:
+        said = self["said"]
+        return [{"low": low, "high": high, **self.rate(said, chosen)} for low, high, chosen in bins]
+
+
 def failure_curves(
     entry: Mapping[str, Any],
     kept_by_pair: Mapping[Pair, Sequence[str]] | None,
     objects: Objects,
     *,
-    side: int = 336,
+    side: int | None = None,
+    task: str | Task = "pope",
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -151,7 +174,8 @@ def failure_curves(
         kept_by_pair: for each pair the packed masks of the run's stages, as in the log of answers; None or no masks
             for the dense model.
         objects: as from `load_objects`.
-        side: of the pictures, in pixels.
+        side: of the pictures, in pixels; None for the entry's `image_size`, or 336.
+        task: whose questions they are.
         resamples, confidence, seed: of the bootstrap, which draws images.
 
     Returns:
@@ -164,30 +188,37 @@ def failure_curves(
         ValueError: as `question_features` does, and for a pair whose masks are missing or invalid.
     """
     settings = {"resamples": resamples, "confidence": confidence, "seed": seed}
-    positives, negatives = _features(entry, objects, side)
+    patches_side = math.isqrt(entry["patches"])
+    if patches_side**2 != entry["patches"]:
+        raise ValueError(f"{entry['name']}: {entry['patches']} patches; a square number is allowed.")
+    side = side or entry.get("image_size") or SIDE
+    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for row in unique_answers(entry["answers"]):
+        given = row["image"], row["question"], row["label"]
+        features = question_features(*given, objects, patches_side, side, task)
+        found[not features["present"]].append({**row, **features, "said": row["parsed"] == "yes"})
+    positives, negatives = (_Rows(rows, settings) for rows in found)
     stages = _survivals(positives, kept_by_pair or {}, entry["patches"])
-    values = {name: _column(positives, name) for name in ("size", "distance", "clutter")}
+    values = {name: positives[name] for name in ("size", "distance", "clutter")}
     bins = {name: _binned(column) for name, column in values.items()} | {"size": _size_bins(values["size"])}
     if len(stages):
         values["survival"] = stages[-1]
         bins["survival"] = _binned(stages[-1], SHARES)
-    said, images = _column(positives, "said"), _column(positives, "image")
     terms = {"log2_size": np.log2(values.pop("size").astype(float)), **values}
     return {
         "run": entry["name"],
-        "positives": len(positives),
-        "negatives": len(negatives),
-        "recall": {name: _curve(parts, said, images, settings) for name, parts in bins.items()},
-        "false_positive_rate": {
-            "clutter": _curve(
-                _binned(_column(negatives, "clutter")),
-                _column(negatives, "said"),
-                _column(negatives, "image"),
-                settings,
-            ),
+        "positives": len(positives.rows),
+        "negatives": len(negatives.rows),
+        "recall": {name: positives.curve(parts) for name, parts in bins.items()},
+        "false_positive_rate": {"clutter": negatives.curve(_binned(negatives["clutter"]))},
+        "survival": {
+            "stages": [positives.rate(stage) for stage in stages],
+            "by_size": [
+                {"low": low, "high": high, "stages": [positives.rate(stage, chosen) for stage in stages]}
+                for low, high, chosen in (bins["size"] if len(stages) else [])
+            ],
         },
-        "survival": _survival_rates(stages, bins["size"] if len(stages) else [], images, settings),
-        "regression": logistic_regression(said, terms, images.tolist(), confidence),
+        "regression": logistic_regression(positives["said"], terms, positives["image"].tolist(), confidence),
     }
 
 
@@ -209,65 +240,75 @@ def disagreements(entries: Sequence[Mapping[str, Any]], limit: int | None = None
     for rows in zip(*(unique_answers(entry["answers"]) for entry in entries), strict=True):
         answers = {entry["name"]: row["parsed"] for entry, row in zip(entries, rows, strict=True)}
         if len(set(answers.values())) > 1:
-            found.append({**{key: rows[0][key] for key in ("image", "question", "label")}, "answers": answers})
-
-    def rank(pair: dict[str, Any]) -> tuple[bool, int]:
-        wrong = [name for name, answer in pair["answers"].items() if answer != pair["label"]]
-        return reference in wrong, -len(wrong)
-
-    found.sort(key=lambda pair: (*rank(pair), pair["image"], pair["question"]))
+            pair = {**{key: rows[0][key] for key in ("image", "question", "label")}, "answers": answers}
+            wrong = [name for name, answer in answers.items() if answer != pair["label"]]
+            found.append((reference in wrong, -len(wrong), pair["image"], pair["question"], pair))
+    found.sort(key=lambda row: row[:4])
     seen: Counter[Any] = Counter()
-
-    def turn(pair: dict[str, Any]) -> tuple[bool, int, int]:
-        key = *rank(pair), pair["image"]
+    turned = []
+    for *rank, image, _, pair in found:
+        key = (*rank, image)
         seen[key] += 1
-        return *rank(pair), seen[key]
+        turned.append(((*rank, seen[key]), pair))
+    return [pair for _, pair in sorted(turned, key=lambda row: row[0])][:limit]
 
-    return sorted(found, key=turn)[:limit]
 
+def logistic_regression(
+    right: ArrayLike, terms: Mapping[str, ArrayLike], images: Sequence[str], confidence: float = 0.95
+) -> dict[str, Any]:
+    """Log-odds of a right answer as a sum of terms, with covariance clustered by image.
 
-def read_log(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[Pair, dict[str, Any]]]]:
-    """The log of answers that a run writes.
+    Terms enter in their order. One that is constant, follows from those before it, or with them separates right from
+    wrong answers (its coefficient would be infinite) is left out.
 
     Args:
-        path: the `.answers.jsonl` file. Its last line may be cut short: an answer that is not there.
+        right: `(n,)`, 1 for right and 0 for wrong answers.
+        terms: names, and values `(n,)`.
+        images: n names.
 
     Returns:
-        the header, and for each run the line of each pair.
-
-    Raises:
-        ValueError: for another file, invalid lines before the last, and a pair with two different answers.
-        OSError: if the file cannot be read.
+        `questions` and `images`, how many; `terms`, for each name `coefficient`, the change of log-odds as the term
+        grows by 1, and its `interval`; `left_out`, for each other name the reason.
     """
-    path = Path(path)
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(_parsed(line, f"{path.name}, line {number}"))
-        except ValueError:
-            if number < len(lines):
-                raise
-    if not rows or rows[0].get("format") != FORMAT:
-        raise ValueError(f"{path.name}: the first line has no format {FORMAT!r}; a log of answers is allowed.")
-    runs: dict[str, dict[Pair, dict[str, Any]]] = {}
-    for number, row in enumerate(rows[1:], start=2):
-        if not all(isinstance(row.get(key), str) for key in ("run", "image", "question", "answer")):
-            raise ValueError(f"{path.name}, line {number}: run, image, question and answer are needed.")
-        pair = row["image"], row["question"]
-        if runs.setdefault(row["run"], {}).setdefault(pair, row) != row:
-            raise ValueError(f"{path.name}, line {number}: run {row['run']!r} has another answer to {pair} before.")
-    return rows[0], runs
+    outcome = np.asarray(right, float)
+    numbers = np.unique(np.asarray(images, str), return_inverse=True)[1]
+    clusters = len(set(numbers.tolist()))
+    result: dict[str, Any] = {"questions": len(outcome), "images": clusters, "terms": {}, "left_out": {}}
+    design, spreads = np.ones((len(outcome), 1)), {}
+    for name, column in terms.items():
+        values = np.asarray(column, float)
+        spread = float(values.std()) if len(values) else 0.0
+        # Standardised columns: rank and separation do not depend on units.
+        grown = np.column_stack([design, (values - values.mean()) / spread]) if spread > 1e-12 else design
+        if len(set(outcome.tolist())) < 2:
+            result["left_out"][name] = "all answers are right, or all are wrong"
+        elif grown is design:
+            result["left_out"][name] = "constant"
+        elif clusters <= grown.shape[1]:
+            result["left_out"][name] = f"too few images ({clusters})"
+        elif np.linalg.matrix_rank(grown) < grown.shape[1]:
+            result["left_out"][name] = "follows from the terms before it"
+        elif _separates(grown, outcome):
+            result["left_out"][name] = "separates right from wrong answers"
+        else:
+            design, spreads[name] = grown, spread
+    if spreads:
+        fit = Logit(outcome, design).fit(disp=0, maxiter=200, cov_type="cluster", cov_kwds={"groups": numbers})
+        bounds = fit.conf_int(1 - confidence)
+        for k, (name, spread) in enumerate(spreads.items(), start=1):
+            interval = [float(bound / spread) for bound in bounds[k]]
+            result["terms"][name] = {"coefficient": float(fit.params[k] / spread), "interval": interval}
+    return result
 
 
-def _parsed(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: invalid JSON ({error}); one object a line is allowed.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: {type(row).__name__}; one object a line is allowed.")
-    return row
+def _separates(design: Array, outcome: Array) -> bool:
+    """Whether some weights put all right answers on one side and all wrong ones on the other, both sides closed.
+
+    Then, and only then, the likelihood has no maximum (Albert and Anderson 1984; as a linear program, Konis 2007).
+    """
+    signed = design * np.where(outcome > 0, 1, -1)[:, None]
+    found = linprog(-signed.mean(axis=0), A_ub=-signed, b_ub=np.zeros(len(signed)), bounds=(-1, 1))
+    return bool(-found.fun > 1e-6)
 
 
 def _is_box(box: Any, side: int) -> bool:
@@ -288,48 +329,17 @@ def _covered(box: Array, patches_side: int, side: int) -> list[int]:
     return patches.tolist() or [int(shares.argmax())]
 
 
-def _features(
-    entry: Mapping[str, Any], objects: Objects, side: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Distinct answers with the features of their questions: positives and negatives."""
-    patches_side = math.isqrt(entry["patches"])
-    if patches_side**2 != entry["patches"]:
-        raise ValueError(f"{entry['name']}: {entry['patches']} patches; a square number is allowed.")
-    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for row in unique_answers(entry["answers"]):
-        given = row["image"], row["question"], row["label"]
-        features = question_features(*given, objects, patches_side, side)
-        found[not features["present"]].append({**row, **features, "said": row["parsed"] == "yes"})
-    return found
-
-
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Array:
-    return np.array([row[name] for row in rows])
-
-
-def _survivals(
-    positives: Sequence[Mapping[str, Any]], kept_by_pair: Mapping[Pair, Sequence[str]], patches: int
-) -> Array:
+def _survivals(positives: _Rows, kept_by_pair: Mapping[Pair, Sequence[str]], patches: int) -> Array:
     """Survival `(stages, positives)` of the asked objects."""
-    if not positives or not any(kept_by_pair.values()):
-        return np.zeros((0, len(positives)))
+    if not positives.rows or not any(kept_by_pair.values()):
+        return np.zeros((0, len(positives.rows)))
     shares = []
-    for row in positives:
+    for row in positives.rows:
         pair = row["image"], row["question"]
         if len(kept_by_pair.get(pair, ())) != len(next(iter(kept_by_pair.values()))):
             raise ValueError(f"{pair[0]}, {pair[1]!r}: masks of the same stages are needed for every pair.")
         shares.append(survival([unpack_kept(packed, patches) for packed in kept_by_pair[pair]], row["patches"]))
     return np.array(shares).T
-
-
-def _survival_rates(
-    stages: Array, sizes: Sequence[Bin], images: Array, settings: Mapping[str, Any]
-) -> dict[str, list[dict[str, Any]]]:
-    by_size = [
-        {"low": low, "high": high, "stages": [_rate(stage[chosen], images[chosen], settings) for stage in stages]}
-        for low, high, chosen in sizes
-    ]
-    return {"stages": [_rate(stage, images, settings) for stage in stages], "by_size": by_size}
 
 
 def _size_bins(sizes: Array) -> list[Bin]:
@@ -348,14 +358,3 @@ def _binned(values: Array, edges: Sequence[float] | None = None) -> list[Bin]:
     bin_of = np.digitize(values, edges[1:-1])
     bounds = enumerate(pairwise(edges))
     return [(float(low), float(high), bin_of == k) for k, (low, high) in bounds if (bin_of == k).any()]
-
-
-def _rate(values: Array, images: Array, settings: Mapping[str, Any]) -> dict[str, Any]:
-    rate, interval = clustered_mean(values, images.tolist(), **settings)
-    return {"count": len(values), "rate": rate, "interval": interval}
-
-
-def _curve(bins: Sequence[Bin], outcome: Array, images: Array, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"low": low, "high": high, **_rate(outcome[chosen], images[chosen], settings)} for low, high, chosen in bins
-    ]
