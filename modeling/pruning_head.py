@@ -15,6 +15,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sparse_llava import build_method
+from .pruning_base import BaseWeightsMixin
 from .pruning_cache import CACHE, the_cache
 from .pruning_generation import PrunedGenerationMixin
 from .pruning_inputs import IGNORED_LABEL, prompt_lengths, rows_as_passed
@@ -40,7 +41,7 @@ class SparseCausalLMOutput(LlavaCausalLMOutputWithPast):
     visual_tokens: Tensor | None = None
 
 
-class PrunedHeadMixin(PrunedGenerationMixin):
+class PrunedHeadMixin(BaseWeightsMixin, PrunedGenerationMixin):
     """Modifications of the stock class behind it, a model with its head: what is left of its prompt is pruned.
 
     Labels follow the tokens that are left, generation keeps counting in the tokens that the caller passed, and methods
@@ -70,8 +71,8 @@ class PrunedHeadMixin(PrunedGenerationMixin):
 
     @classmethod
     def stock_class(cls) -> Any:
-        """The class behind this mixin."""
-        return cls.__mro__[cls.__mro__.index(PrunedHeadMixin) + 2]
+        """The class behind this mixin and those that it is made of."""
+        return cls.__mro__[cls.__mro__.index(PrunedGenerationMixin) + 1]
 
     def __init__(self, config: Any) -> None:
         # Skips the stock class's, which would build the stock model first.

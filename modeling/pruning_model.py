@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
 from .pruning_answer import decode_apart
+from .pruning_base import BaseWeightsMixin
 from .pruning_cache import CACHE, remember, remembered, the_cache
 from .pruning_inputs import (
     DecoderInputs,
@@ -59,7 +60,7 @@ class SparseModelOutput(LlavaModelOutputWithPast):
     visual_tokens: Tensor | None = None
 
 
-class PrunedModelMixin(VisualItemsMixin):
+class PrunedModelMixin(BaseWeightsMixin, VisualItemsMixin):
     """Modifications of a stock model without head: only the visual tokens that a method keeps reach the decoder.
 
     A family says how its pictures are encoded (`encode_images`), which arguments belong to that (`visual_arguments`),

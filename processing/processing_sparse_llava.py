@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from inspect import Parameter, Signature, signature
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, LlavaProcessor
 
 JOIN = "+"
+BASE, BASE_REVISION = "base_model_name_or_path", "base_model_revision"
 FIELDS = ("sparse_method", "sparse_budget", "sparse_layers", "sparse_budgets", "sparse_options")
 
 # Of settings as `sparse_*` fields and the patches of an image (of a tile, with further sizes by name), the tokens that
@@ -106,6 +108,16 @@ class SparseProcessorMixin:
         if count_tokens is None:
             return self.sparse_tokens
         return count_tokens({name: getattr(self, name) for name in FIELDS}, patches, **sizes)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> Any:
+        """Of a repository that holds settings alone, the tokenizer of the model that it names."""
+        base = (processor_dict or {}).pop(BASE, None)
+        if base is not None:
+            if not os.path.isdir(str(path)) and (base.count("/") != 1 or base[0] in "./~" or os.path.exists(base)):
+                raise ValueError(f"{path}: {BASE}={base!r} is no Hub id (owner/name); nothing else is allowed there.")
+            path, kwargs["revision"] = base, processor_dict.pop(BASE_REVISION, None) or "main"
+        return super()._get_arguments_from_pretrained(path, processor_dict, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
