@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.import_utils import is_torchdynamo_exporting
 
 from .pruning_inputs import images_per_prompt
 from .pruning_record import by_prompt
@@ -191,16 +192,17 @@ class VisualItemsMixin:
             return [own.encoder]
         return [own.of(frame=frame).encoder for frame in range(frames)]
 
-    def exported_counts(self, request: Request, seen: dict[str, ImageFeatures]) -> list[int]:
-        """Placeholders of each prompt in a graph that `torch.export` records, which cannot read them: as stock ones.
+    def fixed_counts(self, request: Request, seen: dict[str, ImageFeatures]) -> list[int]:
+        """Placeholders of each prompt in a graph of fixed shapes, which cannot read them: as stock processors write.
 
         Raises:
             ValueError: for methods whose shapes follow from what is read, and prompts of which none knows the pictures.
         """
         method, batch = request.method, len(request.embeds)
+        way = "torch.export" if is_torchdynamo_exporting() else "fixed_layout"
         if method is not None and (method.decoder is not None or method.looks_at_question):
             raise ValueError(
-                f"torch.export: what {method.name} makes of a prompt depends on where its question is, which a graph "
+                f"{way}: what {method.name} makes of a prompt depends on where its question is, which a graph "
                 "of fixed shapes cannot read. Export an encoder method that looks at no question (visionzip, "
                 "divprune), or compile with torch.compile."
             )
@@ -208,7 +210,7 @@ class VisualItemsMixin:
         items = [size for x in seen.values() for size in x.dense or [usual] * len(x.features)]
         if len(set(items)) != 1 or len(items) % batch:
             raise ValueError(
-                f"torch.export: {len(items)} pictures in {batch} prompts; as many in each, of one size, are allowed."
+                f"{way}: {len(items)} pictures in {batch} prompts; as many in each, of one size, are allowed."
             )
         return [sum(items) // batch] * batch
 

@@ -67,6 +67,11 @@ class PrunedModelMixin(BaseWeightsMixin, VisualItemsMixin):
     and how many tokens an image has; one that takes videos too has `encode_videos`: see `VisualItemsMixin`. With
     `sparse_method=None` the stock forward runs, where there is one (`has_stock`). A forward takes one snapshot of the
     method, which pictures encoded for it carry on: `set_sparsity`, called meanwhile, is for later ones.
+
+    Attributes:
+        as_passed: see `rows_asked`.
+        fixed_layout: set it to true where every prompt has stock placeholders, as many pictures of one size in each:
+            nothing is read from the prompts then, as `torch.compile(model, fullgraph=True)` needs it.
     """
 
     config: Any
@@ -74,6 +79,7 @@ class PrunedModelMixin(BaseWeightsMixin, VisualItemsMixin):
     language_model: Any
     training: bool
     as_passed: bool | None = None
+    fixed_layout: bool = False
     visual_arguments: ClassVar[tuple[str, ...]] = ()
     has_stock: ClassVar[bool] = True
 
@@ -304,7 +310,7 @@ class PrunedModelMixin(BaseWeightsMixin, VisualItemsMixin):
         marks = [
             self.placeholders(request.input_ids, embeds, name) if marked is None else marked for name in self.modalities
         ]
-        counts = self.exported_counts(request, seen) if is_torchdynamo_exporting() else None
+        counts = self.fixed_counts(request, seen) if self.fixed_layout or is_torchdynamo_exporting() else None
         request.layout = layout = PromptLayout.of(torch.stack(marks).any(0), mask, request.prompt_length, counts)
         asks = request.method is not None and request.method.looks_at_question
         if self.training and request.prompt_length is None and asks:

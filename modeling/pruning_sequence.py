@@ -49,7 +49,8 @@ class PromptLayout:
 
         Args:
             prompt_length: columns of each prompt, `(batch,)` int64 or one number; None where whole rows are prompts.
-            counts: of visual tokens, where a graph is exported and nothing can be read; the text is not counted then.
+            counts: of visual tokens, where nothing can be read; the device compares them with what is there, and the
+                text is not counted.
 
         Raises:
             ValueError: for a prompt that ends in front of its last visual token, or is longer than the row.
@@ -67,6 +68,8 @@ class PromptLayout:
         if counts is not None:
             none, whole = [0] * len(counts), [len(columns)] * len(counts)
             valid_mask = None if attention_mask is None else valid
+            said = on_device(counts, visual.device)
+            torch._assert_async((visual.sum(-1) == said).all(), f"Prompts of {counts} image tokens are expected.")
             return cls(visual, valid_mask, counts, none, whole, text, last, answer, none)
         refused = (ends <= last) | (ends < 1) | (ends > len(columns))
         parts = (visual, text, valid, answer, refused[:, None])

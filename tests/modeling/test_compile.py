@@ -74,3 +74,46 @@ def test_export(case, dense, processor):
     exported = torch.export.export(wrapped, tuple(batch.values()), strict=False).module()
     for inputs in (batch, other):
         torch.testing.assert_close(exported(*inputs.values()), wrapped(*inputs.values()), rtol=0, atol=1e-5)
+
+
+FIXED = [("visionzip", {"budget": 5}), ("divprune", {"budget": 5}), ("tome+divprune", {"budget": 4})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "settings"), FIXED, ids=[method for method, _ in FIXED])
+@torch.no_grad()
+def test_a_whole_forward_is_one_graph(dense, processor, method, settings):
+    """Without a cache, where the layout is said to be fixed; for all prompts of one shape, padded alike or not."""
+    model = llava_sparse.sparsify(dense, method, **settings)
+    batches = [tiny.inputs(processor, texts, seed=seed) for seed, texts in enumerate([[SHORT, LONG], [LONG, SHORTEST]])]
+    expected = [model(**batch, use_cache=False).logits for batch in batches]
+    model.model.fixed_layout = True
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    for batch, logits in zip(batches, expected, strict=True):
+        torch.testing.assert_close(compiled(**batch, use_cache=False).logits, logits)
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_a_fixed_layout_is_not_another_one(dense, processor):
+    """Nothing is read, and prompts of other numbers of placeholders, or methods that look at prompts, are refused."""
+    model = llava_sparse.sparsify(dense, "visionzip", budget=5)
+    batch = tiny.inputs(processor, [SHORT, LONG])
+    expected = model(**batch).logits
+    model.model.fixed_layout = True
+    torch.testing.assert_close(model(**batch).logits, expected)
+    ours = tiny.processor(llava_sparse.SparseLlavaProcessor, sparse_method="visionzip", sparse_budget=5)
+    with pytest.raises(RuntimeError, match=r"Prompts of \[16, 16\] image tokens"):
+        model(**tiny.inputs(ours, [SHORT, LONG]))
+    with pytest.raises(ValueError, match="fixed_layout: 3 pictures in 2 prompts"):
+        model(**tiny.inputs(processor, [SHORT, LONG.replace("<image>", "<image> <image>")]))
+    model.set_sparsity("sparsevlm", budget=4)
+    with pytest.raises(ValueError, match="fixed_layout: what sparsevlm makes of a prompt"):
+        model(**batch)
