@@ -15,6 +15,7 @@ from torch import Tensor
 from .drawing import Stage, Trace, draw
 from .evaluation.files import check_output
 from .evaluation.model import LoadedModel, ask, check_methods, fill_in, load_model
+from .evaluation.plan import UNPRUNED
 from .families import model_types
 from .layouts import blocks
 from .modeling.pruning_types import Selection
