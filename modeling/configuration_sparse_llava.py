@@ -53,7 +53,7 @@ def build_method(config: Any, settings: Sparsity) -> Sparsifier | None:
         own = own if isinstance(own, dict) else {}
         if geometry.dynamic:
             _check_without_cls(part, vision)
-            _check_gathered(part.name, own)
+            _check_dynamic(part.name, own)
         else:
             _check_parts(part, own, config, vision, text)
     method = resolve(settings, geometry)
@@ -103,8 +103,13 @@ def _check_without_cls(method: type[Sparsifier], vision: Any) -> None:
         )
 
 
-def _check_gathered(name: str, options: dict[str, Any]) -> None:
-    """Refuses to renumber tokens that keep the position of their place in the picture."""
+def _check_dynamic(name: str, options: dict[str, Any]) -> None:
+    """Refuses to renumber tokens that keep the position of their place in the picture, and CLIP's reading of them."""
+    if options.get("clip") is not None:
+        raise ValueError(
+            f"`sparse_options`: clip={shown(options['clip'])} of {name}: this model's tower is no CLIP, with "
+            "whose text tower a question could be read; leave it out, and the decoder's embeddings of it count."
+        )
     if options.get("positions") == "compact":
         raise ValueError(
             f"`sparse_options`: positions='compact' of {name}: tokens of this model keep the position of their "

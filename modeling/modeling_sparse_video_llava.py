@@ -102,7 +102,9 @@ class SparseVideoLlavaModel(PrunedModelMixin, VideoLlavaModel):
         return self._encode(method, self.image_tower, pictures, with_cls=strategy == "full", **kwargs)
 
     def encode_videos(self, method: Any, pixel_values: Tensor, **kwargs: Any) -> ImageFeatures:
-        """As `encode_images`, of `(videos, frames, 3, height, width)`."""
+        """As `encode_images`, of `(videos, frames, 3, height, width)`, or a list of `(frames, 3, height, width)`."""
+        if not torch.is_tensor(pixel_values):
+            return ImageFeatures.joined([self.encode_videos(method, video[None], **kwargs) for video in pixel_values])
         kwargs.pop("vision_feature_select_strategy", None)
         return self._encode(method, self.video_tower, pixel_values, with_cls=True, **kwargs)
 

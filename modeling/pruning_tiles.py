@@ -153,11 +153,14 @@ class TilesMixin(ProjectedFeaturesMixin, PrunedModelMixin):
     def encode_videos(
         self, method: Any, pixel_values: Tensor, question_ids: Tensor | None = None, **kwargs: Any
     ) -> ImageFeatures:
-        """As `encode_images`, of `(videos, frames, 3, height, width)`.
+        """As `encode_images`, of `(videos, frames, 3, height, width)`, or a list of `(frames, 3, height, width)`.
 
         Raises:
             ValueError: for a method inside the tower, which sees the frames before they are pooled.
         """
+        if not torch.is_tensor(pixel_values):
+            videos = [self.encode_videos(method, video[None], question_ids, **kwargs) for video in pixel_values]
+            return ImageFeatures.joined(videos)
         given = {name: value for name, value in kwargs.items() if name not in OF_PICTURES}
         encoder = None if method is None else method.encoder
         if encoder is not None:

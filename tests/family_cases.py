@@ -436,6 +436,7 @@ FAMILIES = [
     LLAVA_ONEVISION,
     VIDEO_LLAVA,
     MINI_GEMINI,
+    qwen("qwen2_vl", "Qwen2VL"),
     qwen("qwen2_5_vl", "Qwen2_5_VL"),
     qwen("qwen3_vl", "Qwen3VL"),
 ]

@@ -69,6 +69,36 @@ def test_both_processors_give_the_same(family, method):
     assert torch.equal(tokens(model, ours), tokens(model, stock))
 
 
+@pytest.mark.parametrize("method", ["divprune", "cdpruner", "random_decoder", "sparsevlm"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "<video>" in " ".join(family.texts)], ids=str)
+def test_videos_of_different_lengths_in_a_list(family, method):
+    """Among pictures, and prompts without either; what stands for a video is what its frames are when alone."""
+    model, texts = pruned(family, method), [f"<video> {text}" for text in family.texts[1:3]]
+    rows = [batch_of(family, [text], seed) for seed, text in enumerate(texts)]
+    videos = [torch.randn(n, *rows[0]["pixel_values_videos"].shape[2:], generator=torch.manual_seed(n)) for n in (2, 5)]
+    token, ids = model.config.video_token_id, []
+    for row, video in zip(rows, videos, strict=True):
+        one = row["input_ids"][0].tolist()
+        count = one.count(token)
+        more = model.get_video_features(video[None], return_dict=True).dense[0]
+        ids.append([i for i in one if i != token])
+        ids[-1][1:1] = [token] * more
+        row |= {"input_ids": torch.tensor(ids[-1:]), "pixel_values_videos": [video]}
+        row["attention_mask"] = torch.ones_like(row["input_ids"])
+        assert count and more != count
+    most = max(map(len, ids))
+    padded = torch.tensor([[0] * (most - len(one)) + one for one in ids])
+    batch = {**batch_of(family, texts), "input_ids": padded, "attention_mask": (padded != 0).long()}
+    batch["pixel_values_videos"] = videos
+    logits = last(model, batch)
+    for row, single in enumerate(rows):
+        pictures = {k: v for k, v in single.items() if k in ("input_ids", "attention_mask", "pixel_values_videos")}
+        if row:
+            pictures |= {k: v for k, v in batch.items() if k not in pictures}
+        torch.testing.assert_close(logits[row], last(model, pictures)[0], **LOGITS)
+    assert tokens(model, batch, num_beams=2).shape == (2, NEW)
+
+
 @crossed
 def test_a_prompt_without_pictures_is_dense(family, method):
     texts = [text for text in family.texts if "<" not in text]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from family_cases import TEXTS, gemini_model, gemini_processor, next_inputs
+from family_cases import TEXTS, gemini_model, gemini_processor, next_inputs, next_picture
 from hub_folder import load_without_the_package
 from PIL import Image
 from transformers import AutoConfig
@@ -135,6 +136,21 @@ def test_a_picture_is_padded_to_a_square():
     high = processor(images=picture, text="<image>", return_tensors="pt")["pixel_values_aux"][0]
     assert high[:, :20].abs().max() < 0.05 and high[:, -20:].abs().max() < 0.05  # The mean colour.
     assert high[:, 28:36].min() > 1
+
+
+def test_a_picture_becomes_what_the_authors_code_feeds():
+    """Of the large picture: shrunk, cut by rows, and once more shrunk to the size of a tile, the last."""
+    processor = gemini_processor()
+    seen = processor(images=next_picture(0), text="<image>", return_tensors="pt")
+    shrink = partial(torch.nn.functional.interpolate, mode="bilinear", align_corners=False)
+    low = shrink(seen["pixel_values_aux"], size=(112, 112))
+    tiles = [low[0, :, y : y + 56, x : x + 56] for y in (0, 56) for x in (0, 56)]
+    torch.testing.assert_close(seen["pixel_values"][0], torch.stack([*tiles, shrink(low, size=(56, 56))[0]]))
+    square = Image.new("RGB", (100, 100), tuple(int(255 * mean) for mean in processor.image_processor.image_mean))
+    square.paste(next_picture(0).convert("RGB"), (0, (100 - next_picture(0).height) // 2))
+    size = {"size": {"shortest_edge": 128}, "crop_size": {"height": 128, "width": 128}}
+    high = processor.image_processor(square, **size, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(torch.as_tensor(high), seen["pixel_values_aux"])
 
 
 def test_errors(base):

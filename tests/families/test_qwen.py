@@ -460,6 +460,7 @@ def test_methods_that_need_cls(dense, name):
         (("visionzip", 0), "must be an int in"),
         (("visionzip", 1.5), "or a float in"),
         (("pyramiddrop", 5, {"options": {"positions": "compact"}}), "positions='compact' of pyramiddrop"),
+        (("cdpruner", 5, {"options": {"clip": "some/clip"}}), "clip='some/clip' of cdpruner: this model's tower is no"),
         (("visionzip", None, {"budgets": [0.9, 0.2]}), "both together at most"),
         (("visionzip", 5, {"layers": [0]}), "last"),
         (("divprune", None), "needs `sparse_budget`"),
