@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,9 @@ from transformers.utils import is_torchvision_available
 
 import llava_sparse
 from llava_sparse.families import FAMILIES as KNOWN
-from llava_sparse.modeling.pruning_registry import method_classes
+from llava_sparse.modeling.configuration_sparse_llava import build_method
+from llava_sparse.modeling.pruning_registry import METHODS, is_built_in, method_classes
+from llava_sparse.modeling.pruning_settings import Sparsity
 
 
 def cell(family: Family, method: str):
@@ -174,6 +177,26 @@ def test_refused_methods_say_so(family):
     for method, words in family.refused.items():
         with pytest.raises(ValueError, match=words):
             llava_sparse.sparsify(family.make(), method, family.budget)
+
+
+@pytest.mark.slow
+@each
+def test_the_table_of_the_docs_is_true(family):
+    """Which methods are refused where."""
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    head, _, *rows = rows[:13]
+    column = head.index(KNOWN[family.name].title)
+    told = {name: row[column] for row in rows for name in re.findall("`([a-z_]+)`", row[0])}
+    assert set(told) == {name for name in METHODS if is_built_in(METHODS[name])}
+    config = pruned(family, "divprune").config
+    for name, cell_text in told.items():
+        try:
+            build_method(config, Sparsity(name, family.budget))
+            refused = False
+        except ValueError:
+            refused = True
+        assert cell_text.startswith("refused") == refused, name
 
 
 # --- Training and precision --------------------------------------------------------------------------------------
