@@ -72,7 +72,10 @@ def test_both_processors_give_the_same(family, method):
     assert torch.equal(tokens(model, ours), tokens(model, stock))
 
 
-@pytest.mark.parametrize("method", ["divprune", "cdpruner", "random_decoder", "sparsevlm"])
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("cdpruner", "random_decoder")]
+
+
+@pytest.mark.parametrize("method", ["divprune", "sparsevlm", *SLOW])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if "<video>" in " ".join(family.texts)], ids=str)
 def test_videos_of_different_lengths_in_a_list(family, method):
     """Among pictures, and prompts without either; what stands for a video is what its frames are when alone."""
