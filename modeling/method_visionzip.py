@@ -141,6 +141,10 @@ class VisionZip(EncoderSparsifier):
     def new_tokens(self) -> int:
         return self.budgets[1]
 
+    def flops(self, patches: int, width: int, channels: int) -> float:
+        rows = patches + 1 if self.receives else 0
+        return super().flops(patches, width, channels) + 2.0 * rows * width**2 + 2.0 * rows**2 * width
+
     def reduce(self, vision: VisionFeatures) -> VisualTokens:
         cls, saliency, keys = (getattr(vision, name) for name in ("cls", "saliency", "keys"))
         dominant, contextual = self.budgets

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from family_cases import PINPOINTS, next_picture, onevision_model, onevision_processor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -168,6 +169,20 @@ def test_received_attention_in_a_llava(vision):
     both = llava_sparse.sparsify(dense, "visionzip+fastv", 6, options={"visionzip": RECEIVED})
     said = both.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=3, do_sample=False, num_beams=2)
     assert said.shape[1] <= ids.shape[1] + 3
+
+
+def test_what_received_attention_costs():
+    """Queries of all tokens, and what they have to do with all keys, besides what the attention of CLS takes."""
+    counted, said = [], []
+    for options in (None, RECEIVED):
+        model = llava_sparse.sparsify(tiny.dense_model(), "visionzip", budgets=[5, 0], options=options)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.get_image_features(torch.zeros(1, 3, 56, 56))
+        counted.append(counter.get_total_flops())
+        said.append(model.model.sparsifier.encoder.flops(16, model.config.vision_config.hidden_size, 0))
+    width = model.config.vision_config.hidden_size
+    of_cls = 2 * width**2 + 2 * 17 * width
+    assert counted[1] - counted[0] == said[1] - said[0] - of_cls
 
 
 def test_received_attention_has_to_be_asked_for():
