@@ -45,6 +45,7 @@ CASES = [
         "sparsevlm",
         {"layers": [1, 2, 3], "budgets": [8, 5, 2], "options": {"version": "2.0"}},
         lengths=[16, 16, 8, 5, 2, 2],
+        slow=True,
     ),
     Case(
         "sparsevlm-original",
@@ -77,7 +78,7 @@ CASES = [
     # Right before layers 2 and 4.
     Case("pyramiddrop", "pyramiddrop", {"layers": [2, 4], "budgets": [6, 3]}, lengths=[16, 16, 6, 6, 3, 3]),
     Case("scope", "scope", {"budget": 5, "options": {"alpha": 2.0}}, lengths=[5] * 6, slow=True),
-    Case("tome", "tome", {"budget": 5}, lengths=[5] * 6),
+    Case("tome", "tome", {"budget": 5}, lengths=[5] * 6, slow=True),
     Case("uniform", "uniform", {"budget": 5}, lengths=[5] * 6, slow=True),
     Case("vispruner", "vispruner", {"budget": 5}, lengths=[5] * 6, slow=True),
     Case(

@@ -46,10 +46,11 @@ TEXTS = [
     "USER: Is there a cat ? ASSISTANT:",
     "USER: <image> What red car on the left with two big blue tree ? ASSISTANT:",
 ]
-# One of each kind: in the tower, behind the projector by tile and by picture, with token sizes, in the decoder, two.
-FAST = ("visionzip", "cdpruner", "divprune", "delegate", "sparsevlm", "visionzip+sparsevlm")
+# One of each place: in the tower, behind the projector (with token sizes), in the decoder.
+FAST = ("visionzip", "delegate", "sparsevlm")
 METHODS = (
-    *FAST, "vispruner", "scope", "tome", "random", "eadp", "fastv", "pyramiddrop", "random_decoder", "divprune+fastv",
+    *FAST, "cdpruner", "divprune", "visionzip+sparsevlm",
+    "vispruner", "scope", "tome", "random", "eadp", "fastv", "pyramiddrop", "random_decoder", "divprune+fastv",
     "tome+delegate",
 )  # fmt: skip
 

@@ -44,7 +44,13 @@ METHODS = {
 
 
 # A method of each kind is crossed in the fast tests.
-FAST = ("visionzip", "divprune", "delegate", "fastv", "pyramiddrop", "sparsevlm", "visionzip+sparsevlm")
+FAST = ("visionzip", "delegate", "pyramiddrop", "sparsevlm")
+
+
+def some(*fast, slow=()):
+    return [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+
+
 CROSSED = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in METHODS]
 
 
@@ -142,7 +148,7 @@ def entered(model, **given):
         hook.remove()
 
 
-@pytest.mark.parametrize("name", ["visionzip", "divprune", "pool", "delegate", "fastv"])
+@pytest.mark.parametrize("name", some("visionzip", "pool", slow=("divprune", "delegate", "fastv")))
 def test_tokens_keep_the_positions_of_their_places(dense, name):
     model, given = pruned(dense, name), batch([inputs(dense, "both"), inputs(dense, "two", 1), inputs(dense, "none")])
     whole, _ = dense.model.get_rope_index(
@@ -294,7 +300,9 @@ def test_budgets_are_of_each_picture(dense, given, tokens):
 # --- Generation --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["visionzip", "cdpruner", "delegate", "fastv", "sparsevlm", "visionzip+sparsevlm"])
+@pytest.mark.parametrize(
+    "name", some("visionzip", "delegate", "sparsevlm", slow=("cdpruner", "fastv", "visionzip+sparsevlm"))
+)
 def test_beams_and_several_sequences(dense, name):
     model, names = pruned(dense, name), ["two", "none", "both", "video"]
     alone = [inputs(dense, x, seed) for seed, x in enumerate(names)]
@@ -343,7 +351,7 @@ def test_another_picture_on_the_cache(dense, name):
     assert_near(behind[0], expected[0, -behind.shape[1] :])
 
 
-@pytest.mark.parametrize("name", ["visionzip", "delegate", "fastv", "sparsevlm", "visionzip+sparsevlm"])
+@pytest.mark.parametrize("name", some("visionzip", "sparsevlm", slow=("delegate", "fastv", "visionzip+sparsevlm")))
 def test_a_static_cache(dense, name):
     model, given = pruned(dense, name), batch([inputs(dense, "both"), inputs(dense, "wide", 1)])
     expected = greedy(model, given)
@@ -351,7 +359,7 @@ def test_a_static_cache(dense, name):
     assert torch.equal(static.sequences, expected.sequences)
 
 
-@pytest.mark.parametrize("name", ["visionzip", "delegate", "fastv", "sparsevlm"])
+@pytest.mark.parametrize("name", some("visionzip", "sparsevlm", slow=("delegate", "fastv")))
 def test_without_a_cache(dense, name):
     model, given = pruned(dense, name), batch([inputs(dense, "both"), inputs(dense, "wide", 1)])
     assert torch.equal(greedy(model, given, use_cache=False).sequences, greedy(model, given).sequences)

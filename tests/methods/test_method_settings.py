@@ -30,6 +30,14 @@ NAMES = llava_sparse.list_methods()
 ENCODERS = [name for name in NAMES if METHODS[name].kind == "encoder"]
 DECODERS = [name for name in NAMES if METHODS[name].kind == "decoder"]
 MERGING = {"pool", "tome", "visionzip"}
+# A method of each place; the others in the slow tests.
+PLACES = ("visionzip", "tome", "divprune", "sparsevlm")
+
+
+def by_place(names):
+    return [pytest.param(name, marks=[] if name in PLACES else [pytest.mark.slow]) for name in names]
+
+
 TWO = "USER: <image> <image> What red car on the left ? ASSISTANT:"
 MIXED = [tiny.QUESTIONS[0], TWO, "USER: Is there a dog ? ASSISTANT:", tiny.QUESTIONS[2]]
 
@@ -203,7 +211,7 @@ def test_composition_and_its_processor(processor, tmp_path, given, first, second
         torch.testing.assert_close(run("divprune+fastv", short, **given).logits, output.logits)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", by_place(ENCODERS))
 @pytest.mark.parametrize(("second", "left"), [("fastv", 4), ("fastv", 9), ("pyramiddrop", 4)])
 def test_stages_of_a_composition_are_numbered_alike(processor, name, second, left):
     """The second stage's numbers are those that the first has left, in the order in which they entered the decoder."""
@@ -401,8 +409,15 @@ def test_every_option_is_tried():
     assert {("sparsevlm", "lam"), ("cdpruner", "clip"), ("random", "seed"), ("scope", "alpha")} < set(OPTIONS)
 
 
-@pytest.mark.parametrize("kind", STRANGE)
-@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=["-".join(pair) for pair in OPTIONS])
+# Every option with one of the values, every value with some option; all pairs in the slow tests.
+PAIRS = [
+    pytest.param(*pair, kind, marks=[] if (i + j) % len(STRANGE) == 0 else [pytest.mark.slow])
+    for i, pair in enumerate(OPTIONS)
+    for j, kind in enumerate(STRANGE)
+]
+
+
+@pytest.mark.parametrize(("name", "option", "kind"), PAIRS)
 def test_strange_values_of_options(name, option, kind):
     """Refused by all that take settings, in few words: the option, and what was given, shortened."""
     value = STRANGE[kind]
@@ -434,7 +449,7 @@ NO_COUNTS = [
 
 
 @pytest.mark.parametrize("number", range(len(NO_COUNTS)), ids=lambda n: f"{n}-{type(NO_COUNTS[n]).__name__}")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", by_place(NAMES))
 def test_what_is_no_budget(name, number):
     """The same words from all that take settings: of the budget, of an entry of budgets, of a composition's."""
     value = NO_COUNTS[number]
