@@ -449,7 +449,7 @@ class Bench(Model):
     """Of `bench`."""
 
     shape: Annotated[
-        str | None, typer.Option(help="Random weights of a shape: llava-1.5-7b, llava-1.5-13b, small.")
+        str | None, typer.Option(help="Random weights of a shape: llava-1.5-7b, qwen2.5-vl-7b, small, ...")
     ] = None
     methods: Methods = "visionzip,sparsevlm"
     budgets: Budgets = "64"
@@ -465,6 +465,9 @@ class Bench(Model):
     output: Output = None
     plot: Annotated[Path | None, typer.Option(help="The figure: a .png, .svg or .pdf file.")] = None
     profile: Annotated[Path | None, typer.Option(help="Folder for profiler traces; nothing is timed then.")] = None
+    analytic: Annotated[
+        bool, typer.Option("--analytic", help="Arithmetic and memory of a shape by formula; no weights are made.")
+    ] = False
 
 
 @command(
@@ -473,6 +476,9 @@ class Bench(Model):
 )
 def bench(flags: Bench) -> None:
     """Measure what every stage costs: time, arithmetic, cache and memory, against the dense model."""
+    if flags.analytic:
+        _print_analytic(flags)
+        return
     from llava_sparse.visualize import check_figure_output
 
     if flags.plot is not None:
@@ -510,6 +516,20 @@ def bench(flags: Bench) -> None:
     if flags.plot is not None:
         benchmark.plot(results).savefig(flags.plot, dpi=160)
         log.print(f"Figure: {flags.plot}", soft_wrap=True, markup=False)
+
+
+def _print_analytic(flags: Bench) -> None:
+    """The tables of `bench --analytic`."""
+    if flags.shape is None or flags.model is not None:
+        raise ValueError("--analytic computes from sizes alone: --shape NAME is needed, and --model is not allowed.")
+    flags.prepare()
+    from llava_sparse.benchmark import analytic, analytic_table, memory_table
+    from llava_sparse.evaluation import split_methods
+
+    words = _numbers(flags.text_tokens)[0]
+    entries = analytic(flags.shape, split_methods(flags.methods), _budgets(flags.budgets), words)
+    for table in (analytic_table, memory_table):
+        _print(table(flags.shape, entries))
 
 
 @command("methods", "Example: llava-sparse methods")

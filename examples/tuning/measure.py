@@ -14,8 +14,7 @@ from scipy.stats import bootstrap
 from study import bounded, difference, fill, markdown
 
 import llava_sparse
-from llava_sparse.benchmark import build_model
-from llava_sparse.benchmark.shapes import make_inputs
+from llava_sparse.benchmark import build_model, make_inputs
 from llava_sparse.benchmark.timing import Clock, interleaved, spread
 from llava_sparse.evaluation import compare, evaluate_pope, load_model
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .shapes import parts_of
 from .timing import Clock
 
 REPEATS = 5
@@ -41,14 +42,9 @@ def floors(model: Any, entry: dict[str, Any], rates: dict[str, float]) -> dict[s
         `prefill`; `decode`, for a token of every prompt; and those of the stages, `vision tower`, `projector`,
         `selection` (the encoder's second key projection alone) and `decoder`.
     """
-    parts = model.model
     batch = entry["place"]["batch_size"]
-    weights = {
-        "vision tower": _bytes(parts.vision_tower),
-        "projector": _bytes(parts.multi_modal_projector),
-        "selection": 0,
-        "decoder": _bytes(parts.language_model) + _bytes(model.lm_head),
-    }
+    weights = {name: sum(map(_bytes, modules)) for name, modules in parts_of(model).items()} | {"selection": 0}
+    weights["decoder"] += _bytes(model.lm_head)
     flops = {name: batch * count for name, count in entry["flops_by_formula"].items()}
     step = 2 * batch * weights["decoder"] / model.dtype.itemsize
 

@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity
 import llava_sparse
 from llava_sparse.evaluation.plan import DENSE
 
+from .inputs import make_inputs
 from .run import Settings
-from .shapes import make_inputs, open_model
+from .shapes import open_model
 
 ROWS = 20
 

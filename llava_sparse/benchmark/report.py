@@ -63,6 +63,20 @@ def _times_of_floor(entry: dict[str, Any]) -> str:
     )
 
 
+def _share_of_limit(entry: dict[str, Any]) -> str:
+    """How much of the prefill's speed-up that the arithmetic allows there is."""
+    if entry["run"] == DENSE or "limit" not in entry or "speedup" not in entry:
+        return ""
+    return f"{100 * entry['speedup']['prefill']['median'] / entry['limit']:.0f} % of {entry['limit']:.2f}x"
+
+
+def counts_text(entry: dict[str, Any]) -> str:
+    """Visual tokens entering the decoder, mean over its layers, mean over the prompts; of older files what is known."""
+    if "visual_tokens" not in entry:
+        return f"{_visual_tokens(entry):.1f}"
+    return " / ".join(f"{value:.1f}".removesuffix(".0") for value in entry["visual_tokens"].values())
+
+
 def tables(results: dict[str, Any]) -> list[Table]:
     """Times, and the stages of a prefill."""
     return [_times_table(results), _stages_table(results)]
@@ -79,8 +93,8 @@ def stage_table(results: dict[str, Any]) -> rich.table.Table:
 
 
 def _times_table(results: dict[str, Any]) -> Table:
-    columns = ["prefill", "decode, a token", f"generate {results['settings']['new_tokens']}", "of floor", "selection"]
-    columns = [*HEAD, *columns, "GFLOP", "by formula", "cache", "peak"]
+    columns = ["prefill", "decode, a token", f"generate {results['settings']['new_tokens']}", "of limit", "of floor"]
+    columns = [*HEAD, "visual tokens", *columns, "selection", "GFLOP", "by formula", "cache", "peak"]
     rows: list[list[str]] = []
     sections = []
     for number, entry in enumerate(results["results"]):
@@ -95,7 +109,9 @@ def _times_table(results: dict[str, Any]) -> Table:
 def _measured(entry: dict[str, Any]) -> list[str]:
     formula, peak = sum(entry["flops_by_formula"].values()), entry["peak_bytes"]
     return [
+        counts_text(entry),
         *(_times(entry, measure) for measure in ("prefill", "decode", "generate")),
+        _share_of_limit(entry),
         _times_of_floor(entry),
         f"{1000 * entry['stages']['selection']:.2f}" if entry["run"] != DENSE else "",
         f"{entry['flops'] / 1e9:.1f}",
@@ -115,13 +131,18 @@ def _stages_table(results: dict[str, Any]) -> Table:
             continue
         cells = [
             f"{1000 * entry['stages'][stage]:.2f}"
-            + (f" ({entry['stages'][stage] / entry['floor'][stage]:.1f})" if stage != "selection" else "")
+            + (f" ({entry['stages'][stage] / entry['floor'][stage]:.1f})" if _has_floor(entry, stage) else "")
             for stage in STAGES
         ]
         share = "" if dense is None else f"{100 * entry['stages']['selection'] / dense:.1f} %"
         rows.append([*(str(value) for value in _place(entry)), entry["run"], *cells, share])
     columns = [*HEAD, *STAGES, "selection / dense prefill"]
     return Table("", columns, rows, headers=len(HEAD), title="Stages of a prefill")
+
+
+def _has_floor(entry: dict[str, Any], stage: str) -> bool:
+    """Of a selection it says little; a tower may have its projector within it."""
+    return stage != "selection" and entry["floor"][stage] > 0
 
 
 def _share(entry: dict[str, Any]) -> str:
@@ -134,7 +155,8 @@ def _title(results: dict[str, Any]) -> str:
     compiled = ", compiled" if settings["compiled"] else ""
     return (
         f"{settings['model']}, {settings['dtype']}{compiled}, {machine}: milliseconds, median of {settings['rounds']} "
-        "(times faster than dense, quartiles); of floor: prefill and decoding; cache: visual tokens' share of dense"
+        "(times faster than dense, quartiles); visual tokens: entering the decoder / mean over layers / mean over "
+        "prompts; of limit: prefill, attention counted as causal; of floor: prefill and decoding; cache: visual share"
     )
 
 

@@ -23,9 +23,10 @@ from llava_sparse.plugins import plugin_files
 from llava_sparse.reference import CHECKPOINT
 
 from .floor import floors, machine_rates
-from .flops import measured_flops, prefill_flops
+from .flops import causal_savings, measured_flops, prefill_flops
+from .inputs import make_inputs, recorded_prefill
 from .report import load_results, write_results
-from .shapes import make_inputs, open_model
+from .shapes import open_model, parts_of
 from .timing import Clock, interleaved, spread, stages
 
 DECODE_STEPS = 16
@@ -46,7 +47,7 @@ class Settings:
     """What is measured.
 
     Attributes:
-        model: a Hub id, a folder or a loaded LLaVA; or `shape`, one of `SHAPES`, with random weights.
+        model: a Hub id, a folder or a loaded model of any family; or `shape`, one of `SHAPES`, with random weights.
         methods, budgets: as of `evaluate_pope`; the dense model is always measured too.
         batch_sizes, text_tokens, attn_implementations: of the places that are measured, each with each.
         new_tokens: of the end-to-end time; rounds: of interleaved measurements; warm_up: rounds before them.
@@ -217,6 +218,7 @@ def _measure(
     for name in able if DENSE in able else ():
         entries[name]["kv_visual_share"] = _visual_share(entries[name], entries[DENSE], place)
         entries[name]["flops_share"] = entries[name]["flops"] / entries[DENSE]["flops"]
+        entries[name]["limit"] = entries[DENSE]["flops_causal"] / entries[name]["flops_causal"]
     return list(entries.values())
 
 
@@ -285,13 +287,10 @@ class Subject:
 
         Operations are those of one prompt; bytes those of the batch.
         """
-        outputs = self._prompt()
-        layers = getattr(outputs, CACHE).layers
-        lengths = [layer.keys.shape[2] for layer in layers]
-        kv_bytes = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
-        one = Subject(self.model, {name: value[:1] for name, value in self.inputs.items()}, self.clock, 1)
-        formula = prefill_flops(self.model, lengths)
-        del outputs, layers
+        lengths, kv_bytes, visual_tokens = recorded_prefill(self.model, self.inputs)
+        batch = len(self.inputs["input_ids"])
+        one = Subject(self.model, {name: x[: len(x) // batch] for name, x in self.inputs.items()}, self.clock, 1)
+        formula = prefill_flops(self.model, self.inputs, lengths)
         with stages(self.model, self.clock) as told:
             for _ in range(2):
                 told()
@@ -299,10 +298,12 @@ class Subject:
             breakdown = told()
         return {
             "lengths": lengths,
+            "visual_tokens": visual_tokens._asdict(),
             "kv_bytes": kv_bytes,
             "peak_bytes": self._peak(),
             "flops": measured_flops(one._prompt),
             "flops_by_formula": formula,
+            "flops_causal": sum(formula.values()) - causal_savings(self.model.config.text_config, lengths),
             "stages": breakdown,
         }
 
@@ -318,7 +319,7 @@ class Subject:
 
     def compile(self) -> None:
         """Compiles what a prompt goes through, and for `generate` the step that a static cache allows."""
-        for part in (self.model.model.vision_tower, self.model.model.language_model):
+        for part in self._compiled:
             part.compile(fullgraph=True, dynamic=False)
         # CUDA graphs for the step alone, as in transformers: those of a prompt would own the cache that they return.
         config = CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead" if self.clock.on_gpu else None)
@@ -328,8 +329,13 @@ class Subject:
 
     def leave(self) -> None:
         """Leaves the caller's model as it was."""
-        for part in (self.model.model.vision_tower, self.model.model.language_model):
+        for part in self._compiled:
             part._compiled_call_impl = None
+
+    @property
+    def _compiled(self) -> list[Any]:
+        parts = parts_of(self.model)
+        return parts["vision tower"] + parts["decoder"]
 
     def prefill(self) -> float:
         """Seconds from pixels and ids to the first token's logits."""
@@ -360,15 +366,17 @@ class Subject:
         """Seconds a token, without `generate` around it."""
         outputs = self._prompt()
         mask, token = self.inputs["attention_mask"], outputs.logits[:, -1].argmax(-1, keepdim=True)
+        # Models with positions in three axes count on by themselves; there is no padding.
+        counts = hasattr(self.model.model, "get_rope_index")
 
         def steps() -> None:
             nonlocal mask, token
             for _ in range(DECODE_STEPS):
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                known = {"attention_mask": mask, "position_ids": mask.sum(-1, keepdim=True) - 1}
                 said = self.model(
                     input_ids=token,
-                    attention_mask=mask,
-                    position_ids=mask.sum(-1, keepdim=True) - 1,
+                    **({} if counts else known),
                     **{CACHE: getattr(outputs, CACHE)},
                     use_cache=True,
                 )

@@ -6,58 +6,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from torch import nn
 
 import llava_sparse
 from llava_sparse.evaluation.model import load_model, resolve_device, resolve_dtype
 from llava_sparse.evaluation.plan import DENSE
+from llava_sparse.families import FAMILIES
 from llava_sparse.modeling.pruning_settings import nearest
+from llava_sparse.published import MODELS, SMALL
 
-_VIT_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-# Text and vision; "small" is bound by arithmetic on a CPU and has about the 7B's share of work in its tower.
-SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
-    "llava-1.5-7b": (
-        dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-        _VIT_L,
-    ),
-    "llava-1.5-13b": (
-        dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
-        _VIT_L,
-    ),
-    "small": (
-        dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8),
-        dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4),
-    ),
+# Of each shape what `config.json` has. LLaVA-NeXT's pictures are as papers' tables count them: 2,880 tokens each.
+_TABLES = {"image_packing": "tiles", "image_grid_pinpoints": [[672, 672]]}
+# What of Mini-Gemini finds features for the tower's tokens.
+MINING = tuple(f"vlm_uni_{part}_projector" for part in ("query", "aux", "val"))
+SHAPES: dict[str, dict[str, Any]] = {
+    name: of.config | (_TABLES if of.family.model_type == "llava_next" else {}) for name, of in (MODELS | SMALL).items()
 }
-VOCABULARY, IMAGE_TOKEN = 32064, 32000
-SIDE, PATCH = 336, 14
 
 
-def build_model(shape: str, dtype: torch.dtype, device: torch.device | str) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights.
+def shape_config(shape: str) -> dict[str, Any]:
+    """The configuration of a shape.
+
+    Raises:
+        ValueError: for a name that is none of `SHAPES`.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape {shape!r}{nearest(shape, list(SHAPES))}: allowed: {', '.join(SHAPES)}.")
+    return SHAPES[shape]
+
+
+def build_model(shape: str | dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A dense model with random weights: transformers' own class, where its configuration has all that is set.
 
     Args:
-        shape: one of `SHAPES`.
+        shape: one of `SHAPES`, or a configuration as `config.json` has it, of a sparse class.
 
     Raises:
         ValueError: for another name.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"shape {shape!r}{nearest(shape, list(SHAPES))}: allowed: {', '.join(SHAPES)}.")
-    text, vision = SHAPES[shape]
-    config = LlavaConfig(
-        text_config=LlamaConfig(**text, vocab_size=VOCABULARY, max_position_embeddings=4096, tie_word_embeddings=False),
-        vision_config=CLIPVisionConfig(**vision, image_size=SIDE, patch_size=PATCH),
-        image_token_index=IMAGE_TOKEN,
-        image_seq_length=(SIDE // PATCH) ** 2,
-    )
+    config = shape_config(shape) if isinstance(shape, str) else shape
+    known = {name: value for name, value in config.items() if name not in ("architectures", "dtype", "model_type")}
+    family = FAMILIES[config["model_type"].removeprefix("sparse_")]
+    kind = family.sparse if "image_packing" in config else family.stock
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device):
             torch.manual_seed(0)
-            model = LlavaForConditionalGeneration(config)
+            model = kind("ForConditionalGeneration")(kind("Config")(**known))
     finally:
         torch.set_default_dtype(before)
     # Nothing ends an answer: all runs say as much as they are asked for.
@@ -67,12 +63,12 @@ def build_model(shape: str, dtype: torch.dtype, device: torch.device | str) -> L
 
 
 def open_model(model: Any, shape: str | None, dtype: str = "auto", device: str = "auto", **memory: Any) -> Any:
-    """A dense LLaVA: a loaded one, without its method if it has one; by Hub id or folder; or of a shape.
+    """A dense model: a loaded one, without its method if it has one; by Hub id or folder; or of a shape.
 
     None for both is the reference model; `memory` is what `load_model` takes beside dtype and device.
 
     Raises:
-        ValueError: for a model and a shape, an unknown shape, dtype or device, or what is no LLaVA.
+        ValueError: for a model and a shape, an unknown shape, dtype or device, or what is of no supported family.
         OSError: if it cannot be read.
     """
     if shape is not None and model is not None:
@@ -88,24 +84,13 @@ def open_model(model: Any, shape: str | None, dtype: str = "auto", device: str =
     return llava_sparse.sparsify(model, None) if getattr(model.config, "sparse_method", None) else model
 
 
-def make_inputs(model: Any, batch_size: int, text_tokens: int, seed: int = 0) -> dict[str, Tensor]:
-    """Prompts of one random picture and `text_tokens` random words each, four of them before the picture.
-
-    Returns:
-        `input_ids` and `attention_mask` `(batch, text_tokens + placeholders)`, `pixel_values`.
-    """
-    config = model.config
-    side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    placeholders = (side // patch) ** 2 + (config.vision_feature_select_strategy == "full")
-    generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(config.text_config.vocab_size, (batch_size, text_tokens), generator=generator)
-    words = torch.where(words == config.image_token_id, words.new_tensor(config.image_token_id - 1).abs(), words)
-    before = min(4, text_tokens - 1)
-    image = torch.full((batch_size, placeholders), config.image_token_id)
-    ids = torch.cat([words[:, :before], image, words[:, before:]], dim=1)
-    pixels = torch.randn(batch_size, 3, side, side, generator=generator)
-    return {
-        "input_ids": ids.to(model.device),
-        "attention_mask": torch.ones_like(ids).to(model.device),
-        "pixel_values": pixels.to(model.device, model.dtype),
+def parts_of(model: Any) -> dict[str, list[nn.Module]]:
+    """The modules that a prompt of `make_inputs` goes through, by stage; a Qwen-VL's tower has its projector in it."""
+    names = {
+        # Of Video-LLaVA, the tower that a video goes through.
+        "vision tower": ("aux_tower", "vision_tower", "video_tower", "visual", *MINING),
+        "projector": ("multi_modal_projector",),
+        "decoder": ("language_model",),
     }
+    inner = model.model
+    return {stage: [getattr(inner, name) for name in own if hasattr(inner, name)] for stage, own in names.items()}

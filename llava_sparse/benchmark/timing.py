@@ -11,8 +11,10 @@ from unittest import mock
 
 import torch
 
-from llava_sparse.modeling import method_tome, modeling_sparse_clip, pruning_decoder
+from llava_sparse.modeling import method_tome, modeling_sparse_clip, pruning_decoder, pruning_mrope
 from llava_sparse.modeling.pruning_attention import RowTap
+
+from .shapes import parts_of
 
 
 class Clock:
@@ -79,10 +81,7 @@ def stages(model: Any, clock: Clock) -> Iterator[Callable[[], dict[str, float]]]
 
     What a method does stands in its own part, "selection", and not in that of the tower or the decoder around it.
     """
-    inner = model.model
-    modules = {
-        "vision tower": inner.vision_tower, "projector": inner.multi_modal_projector, "decoder": inner.language_model
-    }  # fmt: skip
+    modules = parts_of(model)
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in modules}
     # What was selected while one of the parts ran, and behind the projector.
     selected: dict[str, list[tuple[Any, Any]]] = {name: [] for name in ("", *modules)}
@@ -99,13 +98,17 @@ def stages(model: Any, clock: Clock) -> Iterator[Callable[[], dict[str, float]]]
 
         return wrapper
 
-    sparsifier = getattr(inner, "sparsifier", None)
+    def left(name: str) -> None:
+        start, inside = running[name].pop(), running[name]
+        # A part that runs within another of its stage has been timed with that.
+        if not inside:
+            marks[name].append((start, clock.mark()))
+
+    sparsifier = getattr(model.model, "sparsifier", None)
     with ExitStack() as stack:
-        for name, module in modules.items():
+        for name, module in [(name, module) for name, own in modules.items() for module in own]:
             before = module.register_forward_pre_hook(lambda *_, name=name: running[name].append(clock.mark()))
-            after = module.register_forward_hook(
-                lambda *_, name=name: marks[name].append((running[name].pop(), clock.mark()))
-            )
+            after = module.register_forward_hook(lambda *_, name=name: left(name))
             stack.callback(before.remove)
             stack.callback(after.remove)
         for owner, name in _selecting(sparsifier):
@@ -120,8 +123,8 @@ def stages(model: Any, clock: Clock) -> Iterator[Callable[[], dict[str, float]]]
             )
             for pairs in [*marks.values(), *selected.values()]:
                 pairs.clear()
-            left = {name: spent - selection[name] for name, spent in seconds.items()}
-            return {**left, "selection": sum(selection.values())}
+            rest = {name: spent - selection[name] for name, spent in seconds.items()}
+            return {**rest, "selection": sum(selection.values())}
 
         yield told
 
@@ -135,6 +138,7 @@ def _selecting(sparsifier: Any) -> list[tuple[Any, str]]:
         found += [(modeling_sparse_clip, "row_probabilities")]
         found += [(type(part), "reduce") for part in sparsifier.encoder.parts]
         found += [(method_tome, "bipartite_matching"), (method_tome, "merge")]
+        found += [(pruning_mrope.ReceivedAttention, "take")]
     if sparsifier.decoder is not None:
         found += [(pruning_decoder, "open_prompt"), (pruning_decoder.DecoderRun, "_prune")]
     return found
