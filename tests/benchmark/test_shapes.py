@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from family_cases import FAMILIES
@@ -179,6 +181,8 @@ def test_memory_by_hand():
     gib = [f"{value / 2**30:.2f}" for value in (rest + 2 * linear, rest + linear + 4 * rows, rest + linear * 9 // 16)]
     caches = [f"{batch * cache / 2**30:.2f}" for batch in (1, 8, 32)]
     assert first == ["llava-1.5-13b", *gib, "dense", *caches]
+    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
+    assert f"| {' | '.join(first[:5])} | 576 / 576 / 576 | {' | '.join(caches)} |" in page
     assert second[:5] == ["", "", "", "", "visionzip@64"] and second[5] == f"{cache * 104 / 616 / 2**30:.2f}"
 
 
