@@ -34,18 +34,16 @@ class BaseWeightsMixin:
     """Modifications of a stock model: `from_pretrained` of a repository without weights takes those that it names."""
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """As transformers'; see `base_of` for what is raised besides."""
-        if path is None or (config is not None and not hasattr(config, BASE)):
-            return super().from_pretrained(path, *args, config=config, **kwargs)  # type: ignore[misc]
+        path, base = pretrained_model_name_or_path, None
         own: Any = cls
-        if config is None or isinstance(config, str | os.PathLike):
-            where = path if config is None else config
-            named = base_of(own.config_class.get_config_dict(where, **kwargs)[0], where)
-            if named is None:
-                return super().from_pretrained(path, *args, config=config, **kwargs)  # type: ignore[misc]
-            config, kwargs = own.config_class.from_pretrained(where, return_unused_kwargs=True, **kwargs)
-        base = base_of(config, path)
+        if path is not None and config is None:
+            base = base_of(own.config_class.get_config_dict(path, **kwargs)[0], path)
+            if base is not None:
+                config, kwargs = own.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+        elif path is not None and str(getattr(config, "_name_or_path", None)) == str(path):
+            base = base_of(config, path)
         if base is None:
             return super().from_pretrained(path, *args, config=config, **kwargs)  # type: ignore[misc]
         kwargs |= {**base[1], "use_safetensors": True}

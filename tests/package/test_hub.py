@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 import llava_sparse
 from llava_sparse import cli, hub
@@ -103,6 +103,10 @@ def test_a_folder_of_settings_loads_the_weights(dense, model, checkpoint, own_pr
     assert torch.equal(body.get_input_embeddings().weight, expected.get_input_embeddings().weight)
     other = llava_sparse.SparseLlavaForConditionalGeneration.from_pretrained(tmp_path, sparse_budget=3)
     assert other.config.sparse_budget == 3
+    # Whoever names other weights gets them.
+    settings = AutoConfig.from_pretrained(tmp_path)
+    body = llava_sparse.SparseLlavaForConditionalGeneration.from_pretrained(checkpoint, config=settings)
+    assert body.config.sparse_budget == 5
     # What is saved from it has weights of its own.
     loads[0].save_pretrained(tmp_path / "full")
     assert "base_model_name_or_path" not in json.loads((tmp_path / "full" / "config.json").read_text())
