@@ -122,7 +122,7 @@ def eval_results(file: str | Path, config: Any) -> tuple[str, str]:
     """
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-    from .evaluation.results_file import read_results
+    from .evaluation.results import read_results
 
     results = read_results(file)
     dataset, model = str(results["settings"]["dataset"]), results["settings"]["model"]

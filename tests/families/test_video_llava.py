@@ -329,7 +329,7 @@ def test_asking_about_a_video(dense):
     model = llava_sparse.sparsify(dense, "divprune", 40)
     frames = [tiny.image(frame) for frame in range(FRAMES)]
     prompt = "USER: <image> {question} ASSISTANT:"
-    said = ask(model, processor, frames, "Is there a dog ?", prompt, max_new_tokens=4)
+    said = ask(model, processor, frames, "Is there a dog ?", prompt, max_new_tokens=4, video=True)
     text = processor(videos=[frames], text=["USER: <video> Is there a dog ? ASSISTANT:"], return_tensors="pt")
     new = model.generate(**text, max_new_tokens=4, do_sample=False)[0, text["input_ids"].shape[1] :]
     assert said == processor.tokenizer.decode(new, skip_special_tokens=True).strip()

@@ -176,7 +176,7 @@ def test_measured_results(model, own_processor, tmp_path, monkeypatch):
         "splits": dict.fromkeys("abc"),
     }
     results = {"settings": {"model": "llava-hf/llava-1.5-7b-hf", "dataset": "lmms-lab/POPE"}, "methods": [run]}
-    monkeypatch.setattr("llava_sparse.evaluation.results_file.read_results", lambda file: results)
+    monkeypatch.setattr("llava_sparse.evaluation.results.read_results", lambda file: results)
     config = model.config
     text, said = hub.eval_results("run.json", config)
     entries = json.loads(text)
