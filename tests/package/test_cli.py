@@ -301,6 +301,14 @@ def test_budgets_that_are_ratios(run, tmp_path):
     assert dense["lengths"][0] - quarter["lengths"][0] == 576 - 144
 
 
+def test_bench_without_weights(run):
+    code, out, _ = run("bench", "--shape", "small", "--methods", "visionzip", "--analytic")
+    assert code == 0
+    assert "576 / 576 / 576" in out and "64 / 64 / 64" in out and "cache, batch 32" in out
+    code, _, err = run("bench", "--analytic")
+    assert code == 1 and "--shape NAME is needed" in err
+
+
 def test_bench(run, tmp_path):
     """On the reference model, then again from its file, then only profiled."""
     files = ["--output", tmp_path / "bench.json", "--plot", tmp_path / "bench.png"]
