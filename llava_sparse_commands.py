@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,3 +37,52 @@ def serve(
     if host not in serving.LOOPBACK:
         say(f"{host} can be reached from elsewhere, and nobody is asked who they are.")
     serving.serve(folder, host, port, dtype, device, attn_implementation)
+
+
+@more.command(epilog="Example: llava-sparse compare dense/..._samples_pope.jsonl pruned/..._samples_pope.jsonl")
+def compare(
+    first: Annotated[Path, typer.Argument(help="Samples that lmms-eval logged (--log_samples) of one run.")],
+    second: Annotated[Path, typer.Argument(help="Those of the other, on the same questions.")],
+    metric: Annotated[str | None, typer.Option(help="What is compared; the first metric if left out.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Field that says which picture a question is about.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap and the test.")] = 0,
+) -> None:
+    """Compare two runs of lmms-eval: the difference, its interval and a paired test, by picture."""
+    from llava_sparse.integrations import paired
+
+    found = paired.compare(first, second, metric, cluster, seed=seed)
+    typer.echo(paired.summary(found, (str(first), str(second))))
+
+
+@more.command(
+    epilog="Example: llava-sparse push llava-hf/llava-1.5-7b-hf --method visionzip --repo you/zip --config-only"
+)
+def push(
+    model: Annotated[str, typer.Argument(help="Folder of a saved pruned model, or, with --method, any model's id.")],
+    repo: Annotated[str, typer.Option(help="Where to: owner/name.")],
+    method: Annotated[str | None, typer.Option(help="Prune a stock model by this method.")] = None,
+    budget: Annotated[str, typer.Option(help="Visual tokens retained, or a ratio (0.25), with --method.")] = "64",
+    config_only: Annotated[bool, typer.Option("--config-only", help="Settings alone, no weights.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the weights; by default the model's own.")] = None,
+    license: Annotated[str | None, typer.Option(help="As the Hub names it; the base model's if left out.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Results file of llava-sparse pope on a Hub dataset.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Others may not see it.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Commit to a repository that is there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be pushed; contact nobody.")] = False,
+) -> None:
+    """Push a pruned model to the Hub, or its settings alone, with a model card; in one commit or not at all."""
+    from llava_sparse import hub
+
+    given = {
+        "config_only": config_only, "base_model": base_model, "license": license, "results": results,
+        "private": private, "update": update, "dry_run": dry_run,
+    }  # fmt: skip
+    if method is None:
+        done = hub.push(model, repo, **given)  # type: ignore[arg-type]
+    else:
+        ratio = "." in budget
+        settings = {"sparse_method": method, "sparse_budget": float(budget) if ratio else int(budget)}
+        done = hub.push_stock(model, repo, settings, **given)
+    for name, size in done.files.items():
+        typer.echo(f"{size:>14,}  {name}")
+    say(f"dry run: nothing was pushed to {repo}" if done.url is None else f"pushed: {done.url}")

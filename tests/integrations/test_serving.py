@@ -104,6 +104,7 @@ def test_questions_at_once(client, folder, model, processor):
     assert said == expected(model, processor, ASKED)
 
 
+@pytest.mark.slow
 def test_a_broken_picture_is_an_error_and_the_server_goes_on(client, folder, tmp_path, model, processor):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"this is no picture")
