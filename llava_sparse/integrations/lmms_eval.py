@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import llava_sparse
-from llava_sparse.evaluation.models import load_model
+from llava_sparse.evaluation.model import load_model
 from llava_sparse.evaluation.videos import FRAMES, read_frames
 from llava_sparse.families import FAMILIES
 from llava_sparse.modeling.pruning_settings import FIELDS, nearest

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from llava_sparse.evaluation import ask, evaluate_pope, load_model
-from llava_sparse.evaluation.models import read_picture
 from llava_sparse.integrations import TASKS, paired, video_qa
+from llava_sparse.pictures import read_picture
 from llava_sparse.reference import SCENES
 
 pytestmark = pytest.mark.lmms
@@ -164,7 +164,7 @@ def test_a_video_model(tmp_path, monkeypatch):
     """Frames of a folder, in Video-LLaVA."""
     import family_cases
 
-    from llava_sparse.evaluation.models import LoadedModel
+    from llava_sparse.evaluation.model import LoadedModel
     from llava_sparse.integrations import lmms_eval
 
     loaded = LoadedModel(family_cases.video_model(), family_cases.video_processor(), "tiny", False)
