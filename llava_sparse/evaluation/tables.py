@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
 import rich.table
 from markupsafe import Markup
 from rich.text import Text
@@ -217,7 +217,7 @@ def spread_table(results: Results) -> Table | None:
         [
             name,
             str(len(found)),
-            *map(percent, (float(np.mean(found)), min(found), max(found), float(np.std(found, ddof=1)))),
+            *map(percent, (mean(found), min(found), max(found), stdev(found))),
         ]
         for name, found in seeds.items()
         if len(found) > 1
