@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, LogitsProcessor, LogitsProcessorList
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_sparse import Selection
 from llava_sparse.modeling.pruning_cache import CACHE
 from llava_sparse.processing import question_ids
 
+from .batches import kept_patches, left_padded, ones_like, positions_of, rows_of, some_pictures
 from .model import IMAGE_TOKEN, QUESTION, fill_prompt
 
 ANSWER_MODES = ("text", "logits", "likelihood")
@@ -237,8 +235,8 @@ class Asker:
         before = before[: before.index(self.processor.image_token_id)]
         row = [*before, *[self.processor.image_token_id] * self._tokens]
         ids = torch.tensor([row] * len(pixels), dtype=torch.long, device=pixels.device)
-        outputs = self._run(images, input_ids=ids, attention_mask=_ones(ids))
-        kept = [_kept(stage, self._patches) for stage in getattr(outputs, "selection", None) or ()]
+        outputs = self._run(images, input_ids=ids, attention_mask=ones_like(ids))
+        kept = [kept_patches(stage, self._patches) for stage in getattr(outputs, "selection", None) or ()]
         return _Encoded(images, kept, getattr(outputs, CACHE), len(row))
 
     def _run(self, images: Any, **inputs: Any) -> Any:
@@ -250,10 +248,10 @@ class Asker:
     def _ask_behind_prefix(self, encoded: _Encoded, owner: Tensor, prompts: list[_Prompt]) -> list[Answer]:
         """Only what stands behind the image is left to compute."""
         image_token = self.processor.image_token_id
-        suffixes, mask = _left_padded([p.ids[p.ids.index(image_token) + 1 :] for p in prompts], owner.device)
-        cache = _rows_of(encoded.prefix, owner)
+        suffixes, mask = left_padded([p.ids[p.ids.index(image_token) + 1 :] for p in prompts], owner.device)
+        cache = rows_of(encoded.prefix, owner)
         mask = torch.cat([mask.new_ones(len(owner), encoded.prefix_length), mask], dim=1)
-        positions = _positions(mask)[:, encoded.prefix_length :]
+        positions = positions_of(mask)[:, encoded.prefix_length :]
         outputs = self._continue(suffixes, mask, positions, cache)
         kept = [stage[owner.cpu().numpy()] for stage in encoded.kept]
         return self._finish(outputs, mask, kept, [float(self._tokens)] * len(owner))
@@ -263,16 +261,16 @@ class Asker:
         padded, mask = self._padded(prompts, self._tokens, owner.device)
         asked = self._clip_ids(prompts)
         outputs = self._run(
-            _pictures(encoded.images, owner.tolist()),
+            some_pictures(encoded.images, owner.tolist()),
             input_ids=padded,
             attention_mask=mask,
-            position_ids=_positions(mask),
+            position_ids=positions_of(mask),
             **({} if asked is None else {"question_ids": asked}),
         )
         selection: Sequence[Selection] = getattr(outputs, "selection", None) or ()
         # Where CLS is among the visual tokens of a decoder method alone, it is the first.
         width = self._patches if self._encoder is not None else self._placeholders
-        kept = [_kept(stage, width)[:, -self._patches :] for stage in selection]
+        kept = [kept_patches(stage, width)[:, -self._patches :] for stage in selection]
         if self._decoder is None:
             return self._finish(outputs, mask, kept, [float(self._tokens)] * len(prompts))
         return self._finish(outputs, mask, kept, outputs.visual_tokens[:, 1:].float().mean(1).tolist())
@@ -280,7 +278,7 @@ class Asker:
     def _padded(self, prompts: list[_Prompt], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Ids with `count` placeholders for the picture, and their mask."""
         token = self.processor.image_token_id
-        return _left_padded([[t for i in p.ids for t in [i] * (count if i == token else 1)] for p in prompts], device)
+        return left_padded([[t for i in p.ids for t in [i] * (count if i == token else 1)] for p in prompts], device)
 
     def _clip_ids(self, prompts: list[_Prompt]) -> Tensor | None:
         """The questions in the vocabulary of the CLIP model that the method names, if it does."""
@@ -313,9 +311,9 @@ class Asker:
         total = logits[:, ids[0]]
         if len(ids) > 1:
             answer = torch.tensor(ids, device=mask.device).expand(len(mask), -1)
-            mask = torch.cat([mask, _ones(answer[:, 1:])], dim=1)
-            cache = _rows_of(getattr(outputs, CACHE), torch.arange(len(mask)))
-            said = self._continue(answer[:, :-1], mask, _positions(mask)[:, 1 - len(ids) :], cache, keep=0)
+            mask = torch.cat([mask, ones_like(answer[:, 1:])], dim=1)
+            cache = rows_of(getattr(outputs, CACHE), torch.arange(len(mask)))
+            said = self._continue(answer[:, :-1], mask, positions_of(mask)[:, 1 - len(ids) :], cache, keep=0)
             probability = FINITE(answer, said.logits.float()).log_softmax(-1).gather(2, answer[:, 1:, None])
             total = total + probability.sum((1, 2)).to(total.device)
         return total
@@ -326,8 +324,8 @@ class Asker:
         said = [logits.argmax(-1)]
         ended = torch.isin(said[0], ends)
         while len(said) < self.max_new_tokens and not bool(ended.all()):
-            mask = torch.cat([mask, _ones(mask[:, :1])], dim=1)
-            outputs = self._continue(said[-1][:, None], mask, _positions(mask)[:, -1:], cache)
+            mask = torch.cat([mask, ones_like(mask[:, :1])], dim=1)
+            outputs = self._continue(said[-1][:, None], mask, positions_of(mask)[:, -1:], cache)
             following = FINITE(mask, outputs.logits[:, -1].float()).argmax(-1)
             said.append(torch.where(ended, said[-1], following))
             ended |= torch.isin(said[-1], ends)
@@ -354,7 +352,7 @@ class Asker:
             inputs["question_ids"] = clip_ids
         tokens = self._tokens if self._decoder is None else None
         if self.mode != "text":
-            outputs = self.model(**inputs, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
+            outputs = self.model(**inputs, position_ids=positions_of(mask), use_cache=True, logits_to_keep=1)
             return self._finish(outputs, mask, [], [tokens] * len(prompts))
         said = self.model.generate(**inputs, **greedy(self.max_new_tokens))
         texts, cut = self._texts(said[:, padded.shape[1] :])
@@ -412,45 +410,3 @@ class _Encoded:
     kept: Sequence[np.ndarray] = ()
     prefix: Cache | None = None
     prefix_length: int = 0
-
-
-def _pictures(images: Any, rows: list[int]) -> Any:
-    """Some of the pictures, in the order of `rows`; None if there are none."""
-    if images is None:
-        return None
-    if hasattr(images, "take"):
-        return images.take(rows)
-    features = images.pooler_output
-    return BaseModelOutputWithPooling(pooler_output=[features[row] for row in rows])
-
-
-def _ones(like: Tensor) -> Tensor:
-    return torch.ones(like.shape[:2], dtype=torch.long, device=like.device)
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids `(rows, length)`, zeros at the left, and their mask."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1, padding_side="left")
-    return ids.clamp(min=0).to(device), (ids >= 0).long().to(device)
-
-
-def _rows_of(cache: Any, rows: Tensor) -> Any:
-    """A cache with some rows of another, which stays as it is."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    # From the CPU, rows can be taken of layers on any device.
-    chosen.batch_select_indices(rows.cpu())
-    return chosen
-
-
-def _kept(stage: Selection, patches: int) -> np.ndarray:
-    """`(rows, patches)` bool."""
-    kept = stage.kept.cpu()
-    mask = torch.zeros(len(kept), patches + 1, dtype=torch.bool)
-    # Padding (-1), and with several stages tokens merged earlier, fall into the column that is cut off.
-    mask.scatter_(1, torch.where((kept >= 0) & (kept < patches), kept, patches), True)
-    return mask[:, :patches].numpy()

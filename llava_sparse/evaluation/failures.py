@@ -188,15 +188,7 @@ def failure_curves(
         ValueError: as `question_features` does, and for a pair whose masks are missing or invalid.
     """
     settings = {"resamples": resamples, "confidence": confidence, "seed": seed}
-    patches_side = math.isqrt(entry["patches"])
-    if patches_side**2 != entry["patches"]:
-        raise ValueError(f"{entry['name']}: {entry['patches']} patches; a square number is allowed.")
-    side = side or entry.get("image_size") or SIDE
-    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for row in unique_answers(entry["answers"]):
-        given = row["image"], row["question"], row["label"]
-        features = question_features(*given, objects, patches_side, side, task)
-        found[not features["present"]].append({**row, **features, "said": row["parsed"] == "yes"})
+    found = _with_features(entry, objects, side or entry.get("image_size") or SIDE, task)
     positives, negatives = (_Rows(rows, settings) for rows in found)
     stages = _survivals(positives, kept_by_pair or {}, entry["patches"])
     values = {name: positives[name] for name in ("size", "distance", "clutter")}
@@ -220,6 +212,21 @@ def failure_curves(
         },
         "regression": logistic_regression(positives["said"], terms, positives["image"].tolist(), confidence),
     }
+
+
+def _with_features(
+    entry: Mapping[str, Any], objects: Objects, side: int, task: str | Task
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Distinct answers with the features of their questions: about objects that are there, and that are not."""
+    patches_side = math.isqrt(entry["patches"])
+    if patches_side**2 != entry["patches"]:
+        raise ValueError(f"{entry['name']}: {entry['patches']} patches; a square number is allowed.")
+    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for row in unique_answers(entry["answers"]):
+        given = row["image"], row["question"], row["label"]
+        features = question_features(*given, objects, patches_side, side, task)
+        found[not features["present"]].append({**row, **features, "said": row["parsed"] == "yes"})
+    return found
 
 
 def disagreements(entries: Sequence[Mapping[str, Any]], limit: int | None = None) -> list[dict[str, Any]]:

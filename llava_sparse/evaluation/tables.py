@@ -163,11 +163,12 @@ def scores_table(results: Results, splits: bool = False) -> Table:
         columns, title = ["method", "budget", "visual tokens", "split", *columns], f"{results.task.title}, "
         title += results.settings["dataset"]
         return Table(caption, columns, rows, words=["split"], title=title, sections=sections, strong=strong)
+    costs = " Tokens: budget / entering the decoder / in the mean over its layers. Time: of a question, p50 / p99."
     if hard is not None:
         columns.insert(len(metrics), "hard")
-    costs = " Tokens: budget / entering the decoder / in the mean over its layers. Time: of a question, p50 / p99."
+        costs += " Hard: accuracy on distinct pairs that the picture downsampled to as many tokens gets wrong."
     columns = ["run", "tokens", *columns, "time, ms"]
-    return Table(f"{caption}{costs}{hard_words(results)}", columns, mark_best(results, rows))
+    return Table(f"{caption}{costs}", columns, mark_best(results, rows))
 
 
 def mark_best(results: Results, rows: Sequence[Sequence[str | Cell]]) -> list[list[str | Cell]]:
@@ -198,13 +199,6 @@ def hard_subset(results: Results) -> dict[str, str] | None:
         right = [b["parsed"] == b["label"] for a, b in pairs if a["parsed"] != a["label"]]
         found[entry.name] = f"{percent(sum(right) / len(right))} of {len(right):,}" if right else "–"
     return found
-
-
-def hard_words(results: Results) -> str:
-    """What the column of the hard subset is, if there is one."""
-    if hard_subset(results) is None:
-        return ""
-    return " Hard: accuracy on distinct pairs that the picture downsampled to as many tokens gets wrong."
 
 
 def spread_table(results: Results) -> Table | None:

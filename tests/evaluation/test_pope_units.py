@@ -148,8 +148,8 @@ def test_answers_end_at_any_of_the_tokens(ends, dense, processor, pixels):
 
 def test_class_token_is_no_patch(processor, pixels, monkeypatch):
     """With the strategy "full" it is the first visual token of the decoder."""
-    stages, kept_of = [], answering._kept
-    monkeypatch.setattr(answering, "_kept", lambda stage, tokens: stages.append(stage) or kept_of(stage, tokens))
+    stages, kept_of = [], answering.kept_patches
+    monkeypatch.setattr(answering, "kept_patches", lambda stage, tokens: stages.append(stage) or kept_of(stage, tokens))
     dense = tiny.dense_model(vision_feature_select_strategy="full")
     model = llava_sparse.sparsify(dense, "random_decoder", layers=[1], budgets=[8])
     answers = Asker(model, processor, "<image> {question}").answer(pixels, [0, 1, 1], ASKED, 3)
