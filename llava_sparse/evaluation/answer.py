@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -147,8 +147,7 @@ class Asker:
         grouped = (self.grouped or self.grid is not None) and (self.mode != "text" or self._is_greedy)
         if self.grid is not None and not grouped:
             raise ValueError("generation_config: the controls blind and downsampled take greedy answers alone.")
-        shared = self._shares_prefix(prompts)
-        answers: list[Answer] = []
+        shared, answers = self._shares_prefix(prompts), list[Answer]()
         encoded: _Encoded | None = None
         encoded_owners: list[int] = []
         for start in range(0, len(questions), batch_size):
@@ -183,18 +182,12 @@ class Asker:
         return ids
 
     @property
-    def _method(self) -> Any:
-        return getattr(self.model.model, "sparsifier", None)
+    def _encoder(self) -> Any:  # None if nothing is pruned before the decoder.
+        return getattr(getattr(self.model.model, "sparsifier", None), "encoder", None)
 
     @property
-    def _encoder(self) -> Any:
-        """The method that prunes before the decoder, or None."""
-        return getattr(self._method, "encoder", None)
-
-    @property
-    def _decoder(self) -> Any:
-        """The method that prunes in the decoder, or None."""
-        return getattr(self._method, "decoder", None)
+    def _decoder(self) -> Any:  # None if nothing is pruned in it.
+        return getattr(getattr(self.model.model, "sparsifier", None), "decoder", None)
 
     @property
     def _patches(self) -> int:
@@ -206,8 +199,7 @@ class Asker:
         return self._patches + (self.model.config.vision_feature_select_strategy == "full" and self.grid != 0)
 
     @property
-    def _tokens(self) -> int:
-        """Visual tokens of a picture that enter the decoder."""
+    def _tokens(self) -> int:  # Of a picture, entering the decoder.
         return self._placeholders if self._encoder is None else self._encoder.tokens
 
     def _shares_prefix(self, prompts: list[_Prompt]) -> bool:
@@ -241,7 +233,7 @@ class Asker:
 
     def _run(self, images: Any, **inputs: Any) -> Any:
         """The prefill of prompts around pictures that are encoded already."""
-        recorded = {} if self._method is None else {"output_selection": True}
+        recorded = {"output_selection": True} if self._encoder or self._decoder else {}
         seen = {} if images is None else {"mm_encoder_outputs": {"image": images}}
         return self.model(**seen, use_cache=True, logits_to_keep=1, **inputs, **recorded)
 
@@ -271,9 +263,9 @@ class Asker:
         # Where CLS is among the visual tokens of a decoder method alone, it is the first.
         width = self._patches if self._encoder is not None else self._placeholders
         kept = [kept_patches(stage, width)[:, -self._patches :] for stage in selection]
-        if self._decoder is None:
-            return self._finish(outputs, mask, kept, [float(self._tokens)] * len(prompts))
-        return self._finish(outputs, mask, kept, outputs.visual_tokens[:, 1:].float().mean(1).tolist())
+        constant = [float(self._tokens)] * len(prompts)
+        left = constant if self._decoder is None else outputs.visual_tokens[:, 1:].float().mean(1).tolist()
+        return self._finish(outputs, mask, kept, left)
 
     def _padded(self, prompts: list[_Prompt], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Ids with `count` placeholders for the picture, and their mask."""
@@ -297,12 +289,12 @@ class Asker:
         logits = FINITE(mask, outputs.logits[:, -1].float())
         scores: list[float | None] = [None] * len(logits)
         cut = [False] * len(logits)
-        if self.mode != "text":
+        if self.mode == "text":
+            texts, cut = self._texts(self._greedy(logits, getattr(outputs, CACHE), mask))
+        else:
             first, second = (self._likelihood(ids, logits, outputs, mask) for ids in self._answer_tokens())
             scores = (first - second).tolist()
             texts = [self.choices[score <= 0] for score in scores if score is not None]
-        else:
-            texts, cut = self._texts(self._greedy(logits, getattr(outputs, CACHE), mask))
         masks = [[stage[row] for stage in kept] for row in range(len(texts))]
         return [Answer(*answer) for answer in zip(texts, scores, masks, tokens, cut, strict=True)]
 
@@ -360,12 +352,11 @@ class Asker:
 
     def _answer_tokens(self) -> list[list[int]]:
         """Ids of the choices behind the prompt, of which logits mode compares the first."""
-        tokenizer = self.processor.tokenizer
+        tokenizer, found = self.processor.tokenizer, []
         text = self.prompt.replace(IMAGE_TOKEN, self.processor.image_token)
         # Behind a new line, models say "Yes", which for most tokenizers is another token than " Yes".
         gap = "" if text[-1].isspace() else " "
         bare = tokenizer(text)["input_ids"]
-        found = []
         for answer in self.choices:
             ids = tokenizer(f"{text}{gap}{answer}")["input_ids"]
             if ids[: len(bare)] != bare:
@@ -375,21 +366,18 @@ class Asker:
                 )
             found.append(ids[len(bare) :] if self.mode == "likelihood" else ids[len(bare) : len(bare) + 1])
         if found[0] == found[1] or tokenizer.unk_token_id in (*found[0], *found[1]):
-            raise ValueError(
-                f"{' and '.join(self.choices)} begin with the same token, or have an unknown one: use --answer-mode "
-                f"{'likelihood or ' if self.mode == 'logits' else ''}text."
-            )
+            names, modes = " and ".join(self.choices), "likelihood or text" if self.mode == "logits" else "text"
+            raise ValueError(f"{names} begin with the same token, or have an unknown one: use --answer-mode {modes}.")
         return found
 
 
 def greedy(max_new_tokens: int) -> dict[str, Any]:
     """Arguments of `generate` for the likeliest tokens, checked to be numbers."""
-    processors = LogitsProcessorList([FINITE])
-    return {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "logits_processor": processors}
+    checked = {"logits_processor": LogitsProcessorList([FINITE])}
+    return {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, **checked}
 
 
-@dataclass(frozen=True)
-class _Prompt:
+class _Prompt(NamedTuple):
     """A prompt's token ids, with one image token, and its question."""
 
     ids: list[int]

@@ -7,7 +7,6 @@ docs/statistics.md says what each number means. An answer is one of the `answers
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -28,6 +27,8 @@ from .curves import (
     roc_auc,
     score_rates,
 )
+from .masks import kept_overlap, pack_kept, unpack_kept
+from .measures import ACCURACY, METRICS, YES_NO, Measure
 
 __all__ = [
     "ACCURACY",
@@ -60,60 +61,6 @@ BATCH = 100
 FEW_IMAGES = 50
 # Chance of finding a difference that is there, for which `questions_needed` are.
 POWER = 0.8
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is counted of answers, and the metrics of the counts.
-
-    Attributes:
-        metrics: their names, accuracy first.
-        cells: of labels and parsed answers `(n,)` the bool counts `(n, cells)`.
-        rates: of counts `(..., cells)` the metrics `(..., metrics)`, from 0 to 1.
-        support: of counts `(..., cells)`, for each metric how many questions `(...,)` it rests on.
-    """
-
-    metrics: tuple[str, ...]
-    cells: Callable[[Array, Array], Array]
-    rates: Callable[[Array], Array]
-    support: Callable[[Array], list[Array]]
-
-
-def _yes_no_cells(labels: Array, parsed: Array) -> Array:
-    positive, said = labels == "yes", parsed == "yes"
-    return np.stack([positive & said, ~positive & said, positive & ~said, ~positive & ~said], axis=-1)
-
-
-def _yes_no_rates(cells: Array) -> Array:
-    hits, alarms, misses, _ = np.moveaxis(cells, -1, 0)
-    total = cells.sum(axis=-1)
-    precision, recall = ratio(hits, hits + alarms), ratio(hits, hits + misses)
-    f1 = ratio(2 * precision * recall, precision + recall)
-    return np.stack(
-        [ratio(total - alarms - misses, total), precision, recall, f1, ratio(hits + alarms, total)], axis=-1
-    )
-
-
-def _yes_no_support(cells: Array) -> list[Array]:
-    hits, alarms, misses, rest = np.moveaxis(cells, -1, 0)
-    total = hits + alarms + misses + rest
-    return [total, hits + alarms, hits + misses, hits + alarms + misses, total]
-
-
-def _right(labels: Array, parsed: Array) -> Array:
-    return np.stack([labels == parsed, labels != parsed], axis=-1)
-
-
-# Of questions whose answer is yes or no; "yes" is the positive class.
-YES_NO = Measure(("accuracy", "precision", "recall", "f1", "yes_ratio"), _yes_no_cells, _yes_no_rates, _yes_no_support)
-# Of questions with any answer.
-ACCURACY = Measure(
-    ("accuracy",),
-    _right,
-    lambda cells: ratio(cells[..., :1], cells.sum(axis=-1, keepdims=True)),
-    lambda cells: [cells.sum(axis=-1)],
-)
-METRICS = YES_NO.metrics
 
 
 def summarize(
@@ -286,42 +233,6 @@ def clustered_mean(
 
     point, low, high = _intervals(mean, np.array([count]), resamples, confidence, seed, count)
     return float(point[0]), [float(low[0]), float(high[0])]
-
-
-def pack_kept(mask: ArrayLike) -> str:
-    """A mask `(patches,)` of kept patches in hexadecimal, eight patches a byte, the first one the highest bit."""
-    return np.packbits(np.asarray(mask, bool)).tobytes().hex()
-
-
-def unpack_kept(packed: str, patches: int) -> Array:
-    """The boolean mask `(patches,)` that `pack_kept` wrote.
-
-    Raises:
-        ValueError: if the text is no such mask of so many patches.
-    """
-    try:
-        bits = np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8)).astype(bool)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"kept {packed!r}: hexadecimal digits are allowed ({error}).") from error
-    if len(bits) != 8 * -(-patches // 8) or bits[patches:].any():
-        raise ValueError(f"kept {packed!r}: a mask of {patches} patches is allowed; these are {len(bits)} bits.")
-    return bits[:patches]
-
-
-def kept_overlap(a: ArrayLike, b: ArrayLike) -> float:
-    """Mean over pictures of the overlap of kept patches, intersection over union; 1 where neither keeps any.
-
-    Args:
-        a, b: boolean masks `(n, patches)` of two runs.
-
-    Raises:
-        ValueError: for different or empty shapes.
-    """
-    first, second = np.asarray(a, bool), np.asarray(b, bool)
-    if first.shape != second.shape or first.ndim != 2 or not first.size:
-        raise ValueError(f"masks {first.shape} and {second.shape}: two of the same shape (n, patches) are allowed.")
-    both, either = (first & second).sum(axis=1), (first | second).sum(axis=1)
-    return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
 
 
 def _sets(answers: Sequence[Answer]) -> tuple[list[str], list[Array]]:

@@ -160,8 +160,8 @@ def scores_table(results: Results, splits: bool = False) -> Table:
     caption = f"{_asked_words(results, splits)}{interval_words(results)}{_cut_words(results, limit)}"
     columns = [*map(title_of, metrics), *(["empty / cut"] if failed else []), "questions/s"]
     if splits:
-        columns, title = ["method", "budget", "visual tokens", "split", *columns], f"{results.task.title}, "
-        title += results.settings["dataset"]
+        columns = ["method", "budget", "visual tokens", "split", *columns]
+        title = f"{results.task.title}, {results.settings['dataset']}"
         return Table(caption, columns, rows, words=["split"], title=title, sections=sections, strong=strong)
     costs = " Tokens: budget / entering the decoder / in the mean over its layers. Time: of a question, p50 / p99."
     if hard is not None:
@@ -237,11 +237,10 @@ def _asked_words(results: Results, splits: bool) -> str:
 
 
 def _cut_words(results: Results, limit: Any) -> str:
-    if any(entry.empty is None for entry in results.methods):
-        return ""
     if any(entry.empty or entry.cut for entry in results.methods):
         return f" Empty / cut: distinct answers without text, and ended by the limit of {limit} tokens."
-    return f" No answer is empty or was cut at {limit} tokens."
+    unknown = any(entry.empty is None for entry in results.methods)
+    return "" if unknown else f" No answer is empty or was cut at {limit} tokens."
 
 
 def interval_words(results: Results) -> str:
@@ -249,11 +248,10 @@ def interval_words(results: Results) -> str:
     settings = (results.methods[0].scores or {}).get("bootstrap")
     if settings is None:
         return f"nothing, for {OLD_FILE}."
-    few = settings.get("images", FEW_IMAGES) < FEW_IMAGES
-    warning = (
-        f" {settings['images']} images are too few for them: the truth lies outside more often than they say." * few
-    )
-    return f"{100 * settings['confidence']:.0f} % interval, images resampled.{warning}"
+    found = f"{100 * settings['confidence']:.0f} % interval, images resampled."
+    if (images := settings.get("images", FEW_IMAGES)) >= FEW_IMAGES:
+        return found
+    return f"{found} {images} images are too few for them: the truth lies outside more often than they say."
 
 
 def aggregations(results: Results, metric: str) -> Table:
@@ -264,10 +262,8 @@ def aggregations(results: Results, metric: str) -> Table:
         sets = [entry.parts["splits"].get(split) for split in splits]
         sets += [entry.parts.get(name) for name in AGGREGATIONS]
         rows.append([entry.name, *("–" if part is None else percent_cell(part, metric) for part in sets)])
-    caption = (
-        f"{title_of(metric).capitalize() if metric != 'f1' else 'F1'} in percent. Papers print the mean over the "
-        "splits. Questions that repeat in the splits count once as distinct pairs."
-    )
+    title = title_of(metric)
+    caption = f"{title[0].upper()}{title[1:]} in percent. Papers print the mean over the splits."
     return Table(caption, ["run", *splits, *AGGREGATIONS.values()], rows)
 
 
@@ -372,8 +368,8 @@ def bounds(interval: Sequence[float], form: str = ".1f") -> str:
 
 def percent_cell(part: Mapping[str, Any], metric: str) -> Cell:
     """A metric of a set in percent, with its interval if there is one."""
-    interval = part.get("intervals", {}).get(metric)
-    return Cell(percent(part[metric]), "" if interval is None else bounds(interval))
+    found = part.get("intervals", {}).get(metric)
+    return Cell(percent(part[metric]), bounds(found) if found else "")
 
 
 def number_cell(part: Mapping[str, Any], metric: str) -> Cell:
@@ -384,9 +380,8 @@ def number_cell(part: Mapping[str, Any], metric: str) -> Cell:
 
 def rate_cell(part: Mapping[str, Any] | None) -> str | Cell:
     """A rate of `failures.failure_curves` with its interval and count."""
-    if part is None:
-        return "–"
-    return Cell(percent(part["rate"]), f"{bounds(part['interval'], '.0f')} of {part['count']:,}")
+    found = part and Cell(percent(part["rate"]), f"{bounds(part['interval'], '.0f')} of {part['count']:,}")
+    return found or "–"
 
 
 def dash(value: Any, form: str = "") -> str:
