@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .files import Masks, Number, Text, Tokens, check_regular, parse_json, read_as, same_settings
+from .files import Flag, Masks, Number, Text, Tokens, check_regular, parse_json, read_as, same_settings
 
 FORMAT = "llava-sparse answers 2"
 # The first version did not say whether answers were cut.
@@ -35,6 +35,7 @@ class _Line:
     score: Number = 0.0
     visual_tokens: Tokens = None
     kept: Masks = ()  # type: ignore[assignment]
+    cut: Flag = False
 
 
 def key_of(run: str, pair: tuple[str, str]) -> Key:

@@ -71,6 +71,7 @@ Interval = Annotated[
     list[float],
     Check("a list of two numbers", lambda x: isinstance(x, list) and len(x) == 2 and all(map(number().holds, x))),
 ]
+Flag = Annotated[bool, Check("true or false", lambda x: isinstance(x, bool))]
 Masks = Annotated[
     list[str],
     Check("a list of masks in hexadecimal", lambda x: isinstance(x, list) and all(map(_is_mask, x))),

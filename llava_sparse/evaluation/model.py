@@ -24,7 +24,7 @@ QUESTION = "{question}"
 MODEL_TYPES = ("llava", "sparse_llava")
 # Published evaluations of LLaVA-1.5 ask for a short answer in these words.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-# Bytes of a weight; in 4 bits with the scales and the layers that stay whole.
+# Bytes of a weight, scales and the layers that stay whole included (docs/memory.md).
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.65}
 
 

@@ -193,13 +193,13 @@ class Evaluation:
         """A run's part of the results."""
         lines = {pair: self.log.lines[key_of(run.name, pair)] for unit in self.units for pair in unit}
         of_row = [lines[row["image_source"], row["question"]] for row in self.rows]
-        scores = [line["score"] for line in of_row] if "score" in of_row[0] else None
-        tokens = [line["visual_tokens"] for line in lines.values()]
+        scores: list[Any] | None = [line.get("score") for line in of_row] if "score" in of_row[0] else None
+        tokens: list[Any] = [line.get("visual_tokens") for line in lines.values()]
         return Entry(
             **described,
             visual_tokens=None if None in tokens else sum(tokens) / len(tokens),
             empty=sum(not line["answer"] for line in lines.values()),
-            cut=sum(line["cut"] for line in lines.values()),
+            cut=sum(line.get("cut", False) for line in lines.values()),
             **score(self.rows, [line["answer"] for line in of_row], scores, self.task),
         )
 

@@ -42,6 +42,12 @@ def damage(results: dict, *path: object, value: object = None) -> None:
             "methods[1].answers are not to the questions of methods[0]",
         ),
         (("methods", 1, "answers", 3, "score"), None, "some have a score, some do not"),
+        (("methods", 1, "answers", 3, "answer"), None, "methods[1].answers[3] has no 'answer'"),
+        (("methods", 1, "answers"), None, "methods[1] has no 'answers'"),
+        (("methods", 1, "answers", 3, "score"), "1", "methods[1].answers[3].score is '1'; a number is allowed"),
+        (("methods", 1, "visual_tokens"), float("nan"), "methods[1].visual_tokens is nan; a number from 0 or null"),
+        (("methods", 1), 7, "methods[1] is 7; an object is allowed"),
+        (("questions", "splits"), [1], "questions.splits is [1]; an object is allowed"),
         (("methods", 1, "budget"), 1.5, "methods[1].budget is 1.5; a whole number, a ratio or null is allowed"),
         (("methods", 1, "budget"), 0.0, "methods[1].budget is 0.0; a whole number, a ratio or null is allowed"),
         (("methods", 1, "budget"), "4", "methods[1].budget is '4'; a whole number, a ratio or null is allowed"),
@@ -59,6 +65,13 @@ def test_damaged_results_are_refused(tmp_path, path, value, message):
         read_results(write(tmp_path, results))
     assert str(tmp_path / "run.json") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    text = write(tmp_path, make_results()[0]).read_text().replace('"settings":', '"settings": {}, "settings":', 1)
+    (tmp_path / "twice.json").write_text(text)
+    with pytest.raises(ValueError, match="the key 'settings' is there twice"):
+        read_results(tmp_path / "twice.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"not json", b"[" * 100_000, b"3", b"{}"])
