@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 from statsmodels.discrete.discrete_model import Logit
+
+from llava_sparse.preprocessing import parts
 
 from .files import Check, json_lines
 from .statistics import clustered_mean, unique_answers, unpack_kept
@@ -39,34 +42,47 @@ Objects = Mapping[str, Sequence[Object]]
 Bin = tuple[float, float, Array]
 
 
-def load_objects(path: str | Path, side: int = SIDE) -> dict[str, list[Object]]:
+def load_objects(
+    path: str | Path, side: int = SIDE, preprocessing: Mapping[str, Any] | None = None
+) -> dict[str, list[Object]]:
     """The objects of each picture.
 
     Args:
-        path: a file with one line a picture, `{"image": …, "objects": [{"name": …, "box": [x0, y0, x1, y1]}]}`.
-        side: of the pictures, in pixels.
+        path: a file with one line a picture, `{"image": …, "objects": [{"name": …, "box": [x0, y0, x1, y1]}]}`, in
+            pixels of the square that the model sees; or, beside `"size": [width, height]`, in pixels of the picture.
+        side: of the square, in pixels.
+        preprocessing: what the model sees of a picture with a size, as `preprocessing.recorded` gives it.
 
     Returns:
-        for each image its objects, `name` and `box`.
+        for each image its objects, `name` and `box` in the square, None for what the model does not see.
 
     Raises:
         ValueError: for invalid data, naming file and line.
         OSError: if the file cannot be read.
     """
     found: dict[str, list[Object]] = {}
-    box = Check(f"[x0, y0, x1, y1] with 0 <= x0 < x1 <= {side} and 0 <= y0 < y1 <= {side}", lambda x: _is_box(x, side))
     for where, row in json_lines(Path(path), word="line"):
         image, objects = row.get("image"), row.get("objects")
         if not isinstance(image, str) or not isinstance(objects, list):
             raise ValueError(f"{where}: an object with the text 'image' and the list 'objects' is allowed.")
         if image in found:
             raise ValueError(f"{where}: image {image!r} has a line already; one is allowed.")
+        size = row.get("size", [side, side])
+        if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
+            raise ValueError(f"{where}: size {size!r}: [width, height] in pixels is allowed.")
+        width, height = size
+        box = Check(
+            f"[x0, y0, x1, y1] with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}", partial(_is_box, size=size)
+        )
+        if "size" in row and preprocessing is None:
+            raise ValueError(f"{where}: boxes in pixels of pictures need results that say what the model sees of them.")
+        seen = parts(preprocessing, (width, height))[0].place if preprocessing and "size" in row else list
         for thing in objects:
             if not isinstance(thing, dict) or not isinstance(thing.get("name"), str):
                 raise ValueError(f"{where}: object {thing!r}: 'name' and 'box' are needed.")
             if not box.holds(thing.get("box")):
                 raise ValueError(f"{where}: {thing['name']!r} has the box {thing.get('box')!r}; allowed: {box.words}.")
-        found[image] = [{"name": thing["name"], "box": list(thing["box"])} for thing in objects]
+        found[image] = [{"name": thing["name"], "box": seen(thing["box"])} for thing in objects]
     return found
 
 
@@ -91,9 +107,9 @@ def question_features(
 
     Returns:
         `name`; `present`; `clutter`, the number of objects in the picture. Of the largest object of that name, None
-        if it is absent: `size`, its longest side in pixels; `area`, its share of the picture; `distance` of its centre
-        from the picture's, 1 in a corner; `patches`, those of which it covers a quarter, or the one that it covers
-        most.
+        if it is absent, or nothing of it is seen: `size`, its longest side in pixels; `area`, its share of the picture;
+        `distance` of its centre from the picture's, 1 in a corner; `patches`, those of which it covers a quarter, or
+        the one that it covers most.
 
     Raises:
         ValueError: for another question, an image without objects line, a label that contradicts the objects.
@@ -103,10 +119,11 @@ def question_features(
         raise ValueError(f"{image}, {question!r}: 'Is there a … in the image?' is allowed.")
     if image not in objects:
         raise ValueError(f"{image}: its objects are not listed; a line for every image is needed.")
-    boxes = [np.array(thing["box"], float) for thing in objects[image] if thing["name"] == asked]
-    if bool(boxes) != (label == "yes"):
-        raise ValueError(f"{image}, {question!r}: the label {label!r} contradicts the {len(boxes)} boxes of that name.")
-    features = {"name": asked, "present": bool(boxes), "clutter": len(objects[image])}
+    named = [thing["box"] for thing in objects[image] if thing["name"] == asked]
+    if bool(named) != (label == "yes"):
+        raise ValueError(f"{image}, {question!r}: the label {label!r} contradicts the {len(named)} boxes of that name.")
+    features = {"name": asked, "present": bool(named), "clutter": len(objects[image])}
+    boxes = [np.array(box, float) for box in named if box is not None]
     if not boxes:
         return features | dict.fromkeys(("size", "area", "distance", "patches"))
     box = max(boxes, key=lambda b: float(np.prod(b[2:] - b[:2])))
@@ -217,7 +234,7 @@ def failure_curves(
 def _with_features(
     entry: Mapping[str, Any], objects: Objects, side: int, task: str | Task
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Distinct answers with the features of their questions: about objects that are there, and that are not."""
+    """Distinct answers with the features of their questions: about objects that can be seen, and that are not there."""
     patches_side = math.isqrt(entry["patches"])
     if patches_side**2 != entry["patches"]:
         raise ValueError(f"{entry['name']}: {entry['patches']} patches; a square number is allowed.")
@@ -225,6 +242,8 @@ def _with_features(
     for row in unique_answers(entry["answers"]):
         given = row["image"], row["question"], row["label"]
         features = question_features(*given, objects, patches_side, side, task)
+        if features["present"] and features["size"] is None:
+            continue
         found[not features["present"]].append({**row, **features, "said": row["parsed"] == "yes"})
     return found
 
@@ -318,11 +337,11 @@ def _separates(design: Array, outcome: Array) -> bool:
     return bool(-found.fun > 1e-6)
 
 
-def _is_box(box: Any, side: int) -> bool:
-    """Whether corners are in order and inside the picture."""
+def _is_box(box: Any, size: Sequence[float]) -> bool:
+    """Whether corners are in order and inside a picture."""
     if not isinstance(box, list) or len(box) != 4 or any(type(x) not in (int, float) for x in box):
         return False
-    return all(0 <= low < high <= side for low, high in zip(box[:2], box[2:], strict=True))
+    return all(0 <= low < high <= far for low, high, far in zip(box[:2], box[2:], size, strict=True))
 
 
 def _covered(box: Array, patches_side: int, side: int) -> list[int]:

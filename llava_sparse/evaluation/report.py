@@ -99,7 +99,7 @@ def _source(path: Path, objects: str | Path | None, images: str | Path | None) -
         results,
         kept,
         no_kept,
-        None if objects is None else load_objects(objects, side),
+        None if objects is None else load_objects(objects, side, settings.get("preprocessing")),
         None if images is None else Path(images),
     )
 

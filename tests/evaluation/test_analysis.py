@@ -77,6 +77,8 @@ def test_the_reference_set_is_covered():
         ('{"image": "a"}', "'image' and the list 'objects'"),
         ('{"image": "b", "objects": []}', "has a line already"),
         ('{"image": "a", "objects": [{"box": [0, 0, 1, 1]}]}', "'name' and 'box'"),
+        ('{"image": "a", "size": [3], "objects": []}', r"size \[3\]: \[width, height\] in pixels is allowed"),
+        ('{"image": "a", "size": [0, 9], "objects": []}', r"size \[0, 9\]"),
         ('{"image": "a", "objects": [{"name": "cat"}]}', "'cat' has the box None; allowed"),
         ('{"image": "a", "objects": [{"name": "cat", "box": [5, 0, 5, 1]}]}', r"box \[5, 0, 5, 1\]; allowed"),
         ('{"image": "a", "objects": [{"name": "cat", "box": [0, 0, 1, 337]}]}', "y1 <= 336"),

@@ -88,6 +88,28 @@ def test_boxes_are_measured_in_the_models_own_size(loaded, asked, tmp_path):
         report([tmp_path / "run.json"], markdown=tmp_path / "report.md", objects=tmp_path / "large.jsonl")
 
 
+def test_boxes_of_pictures_are_mapped_as_the_model_sees_them(loaded, asked, tmp_path):
+    """Of pictures twice as wide as high the middle square is seen, here half as large."""
+    lines = [json.loads(line) for line in asked["objects"].read_text().splitlines()]
+    boxes = [[28, 0, 84, 56], [56, 56, 140, 112], [0, 0, 28, 28], [56, 28, 168, 84]]
+    for line, box in zip(lines, boxes, strict=True):
+        line |= {"size": [224, 112], "objects": [{"name": "dog", "box": box}]}
+    path = tmp_path / "sized.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = run(loaded, asked, tmp_path)
+    objects = load_objects(path, tiny.SIDE, results.settings["preprocessing"])
+    found = [things[0]["box"] for things in objects.values()]
+    assert [None if box is None else list(box) for box in found] == [
+        [0, 0, 14, 28], [0, 28, 42, 56], None, [0, 14, 56, 42],
+    ]  # fmt: skip
+    curves = failure_curves(results.methods[0], None, objects, resamples=10)
+    assert (curves["positives"], curves["negatives"]) == (3, 4), "what is cropped away cannot be missed"
+    report([tmp_path / "run.json"], markdown=tmp_path / "report.md", objects=path)
+    assert "3 distinct questions ask for an object that is there" in (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match="line 1: boxes in pixels of pictures need results that say"):
+        load_objects(path)
+
+
 def test_pictures_named_without_a_suffix(tmp_path):
     results, log = make_results()
     for part in (*(answer for entry in results["methods"] for answer in entry["answers"]), *log[1:]):
