@@ -59,6 +59,7 @@ CASES = [
         "sparsevlm-1.0",
         "sparsevlm",
         {"layers": [1, 2], "options": {"version": "1.0", "scale": 2.0, "bias": 1.0}},
+        slow=True,
     ),
     Case("sparsevlm-1.0-paper", "sparsevlm", {"layers": [1, 2], "options": {"version": "1.0", "lam": 0.7}}, slow=True),
     Case(
@@ -94,6 +95,7 @@ CASES = [
         {"layers": [None, [0, 2, 3]], "budgets": [[9, 3], [8, 5, 2]]},
         # 8 of 12 kept, 2 recycled into 1; 5 of 9 kept, 2 into 1; 2 of 6 kept, 2 into 1.
         lengths=[12, 9, 9, 6, 3, 3],
+        slow=True,
     ),
     Case("tome+delegate", "tome+delegate", {"budget": 4}, lengths=[4] * 6, slow=True),
     Case(

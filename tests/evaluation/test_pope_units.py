@@ -107,7 +107,7 @@ def test_prompts_of_any_order(method, mode, prompt, dense, processor, pixels):
 
 
 @pytest.mark.parametrize("method", MODELS)
-@pytest.mark.parametrize("backbone", ["mistral", "qwen2"])
+@pytest.mark.parametrize("backbone", ["mistral", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_windows_shorter_than_the_prompt(method, backbone, processor, pixels, monkeypatch):
     text = tiny.text_config(backbone).to_dict()
     windows = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2, "layer_types": None}
