@@ -172,12 +172,7 @@ class PrunedHeadMixin(BaseWeightsMixin, PrunedGenerationMixin):
         every = self.lm_head(asked(hidden) if few else hidden)
         loss = None
         if labels is not None:
-            if columns is not None:
-                columns = columns.to(labels.device)
-                # A row of padding predicts nothing: the token behind it has no predecessor.
-                follows_padding = nn.functional.pad(columns[:, :-1] == PADDING, (1, 0))
-                labels = labels.gather(1, columns.clamp(min=0))
-                labels = labels.masked_fill((columns < 0) | follows_padding, IGNORED_LABEL)
+            labels = labels if columns is None else labels_left(labels, columns.to(labels.device))
             vocabulary = self.config.text_config.vocab_size
             own = {name: value for name, value in kwargs.items() if name not in self.arguments}
             loss = self.loss_function(logits=every, labels=labels, vocab_size=vocabulary, **own)
@@ -191,3 +186,11 @@ class PrunedHeadMixin(BaseWeightsMixin, PrunedGenerationMixin):
             visual_tokens=outputs.visual_tokens,
             **{name: getattr(outputs, name) for name in (CACHE, IMAGES)},
         )
+
+
+def labels_left(labels: Tensor, columns: Tensor) -> Tensor:
+    """Labels `(batch, length)` over the tokens as passed, of the rows that are left: `columns`, `(batch, rows)`."""
+    # A row of padding predicts nothing: the token behind it has no predecessor.
+    follows_padding = nn.functional.pad(columns[:, :-1] == PADDING, (1, 0))
+    labels = labels.gather(1, columns.clamp(min=0))
+    return labels.masked_fill((columns < 0) | follows_padding, IGNORED_LABEL)
