@@ -13,8 +13,22 @@ from .pruning_settings import JOIN, Sparsity, as_lists, check_budget, shown
 from .pruning_types import Geometry, VisionFeatures, VisualTokens
 
 
+class Joined:
+    """What several methods in one share: `parts`, in their order."""
+
+    parts: Any
+
+    @property
+    def name(self) -> str:
+        return JOIN.join(part.name for part in self.parts)
+
+    @property
+    def draws(self) -> bool:
+        return any(part.draws for part in self.parts)
+
+
 @dataclass(frozen=True)
-class Chain(EncoderSparsifier):
+class Chain(Joined, EncoderSparsifier):  # type: ignore[override]
     """A method inside the tower's layers, then one behind the projector on the tokens that it leaves: "tome+divprune".
 
     What comes out is of the patches, see `VisualTokens.behind`; a picture in tiles is reduced tile by tile.
@@ -29,20 +43,12 @@ class Chain(EncoderSparsifier):
     second: Any
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        return JOIN.join(part.name for part in self.parts)
-
-    @property
     def parts(self) -> tuple[Any, ...]:
         return self.first, self.second
 
     @property
     def looks_at_question(self) -> bool:  # type: ignore[override]
         return bool(self.second.looks_at_question)
-
-    @property
-    def draws(self) -> bool:  # type: ignore[override]
-        return any(part.draws for part in self.parts)
 
     @property
     def needs_mask(self) -> bool:
@@ -90,7 +96,7 @@ class Chain(EncoderSparsifier):
 
 
 @dataclass(frozen=True)
-class Composition(Sparsifier):
+class Composition(Joined, Sparsifier):  # type: ignore[override]
     """An encoder method, or two, then a decoder method on the tokens that they leave: "divprune+sparsevlm".
 
     Of the settings see `Sparsity`. The decoder method's budgets are of the tokens that it is handed, a ratio is one of
@@ -108,10 +114,6 @@ class Composition(Sparsifier):
     second: Any
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        return JOIN.join(part.name for part in self.parts)
-
-    @property
     def parts(self) -> tuple[Any, ...]:
         return (*self.first.parts, self.second)
 
@@ -126,10 +128,6 @@ class Composition(Sparsifier):
     @property
     def looks_at_question(self) -> bool:  # type: ignore[override]
         return True
-
-    @property
-    def draws(self) -> bool:  # type: ignore[override]
-        return any(part.draws for part in self.parts)
 
     @classmethod
     def resolve(cls, geometry: Geometry, settings: Sparsity) -> Sparsifier:
